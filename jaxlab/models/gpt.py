@@ -1,0 +1,279 @@
+"""The language model: a decoder-only transformer as it is built today.
+
+RMSNorm before each sub-layer, rotary embeddings (half-split pairs, as Hugging
+Face's Llama has them), grouped-query attention, SwiGLU or GELU, no biases. Each
+parameter carries the logical names of its dimensions (`jaxlab.mesh.RULES` maps
+them to the mesh); weights are float32, and are cast to `config.dtype` where used.
+
+Dims: b rows, t time, s cache slots, d width, h query heads, k key heads,
+e head width, f hidden width of the MLP, v vocabulary, l layers.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlab import config
+from jaxlab.mesh import constrain
+from jaxlab.models import kernels
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far; slot = position."""
+
+    k_lbske: Float[Array, "l b s k e"]
+    v_lbske: Float[Array, "l b s k e"]
+
+
+def empty_cache(model: config.GPT, rows: int, slots: int) -> Cache:
+    """Cache for `slots` positions of `rows` sequences, in the compute dtype."""
+    assert model.kv_heads and model.head_dim, "resolve the config first"
+    shape = (model.layers, rows, slots, model.kv_heads, model.head_dim)
+    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+
+def rope_frequencies(model: config.GPT) -> np.ndarray:
+    """Angular frequency of each rotary pair, float32[head_dim / 2].
+
+    Su et al. 2021 (arXiv 2104.09864), section 3.4.2; with `rope_scaling` the
+    frequency bands of Llama 3.1.
+    """
+    assert model.head_dim, "resolve the config first"
+    pairs = np.arange(0, model.head_dim, 2, dtype=np.float32)
+    frequency = (1.0 / model.rope_theta ** (pairs / model.head_dim)).astype(np.float32)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_length * frequency / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    mixed = (1 - keep) * frequency / scaling.factor + keep * frequency
+    return mixed.astype(np.float32)
+
+
+def rotate(
+    x_bthe: Float[Array, "b t h e"], angle_bte: Float[Array, "#b t half"]
+) -> Float[Array, "b t h e"]:
+    """Turns each pair (i, i + e/2) of a head by its angle; computed in float32."""
+    cos, sin = jnp.cos(angle_bte)[:, :, None], jnp.sin(angle_bte)[:, :, None]
+    first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_bthe.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, in float32 (arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        scale = self.param("scale", ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Product with a kernel [in, out]; no bias."""
+
+    features: int
+    names: tuple[str, str]
+    scale: float = 1.0
+    """variance of the initial kernel times its input width"""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.names),
+            (x.shape[-1], self.features),
+        )
+        return kernels.matmul(x, kernel.astype(x.dtype))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary embeddings (arXiv 2305.13245)."""
+
+    model: config.GPT
+
+    @nn.compact
+    def __call__(self, x_btd, angle_bte, mask_bts, positions_bt, cache):
+        c = self.model
+        b, t, _ = x_btd.shape
+
+        def heads(name, count, axis):
+            x = Linear(count * c.head_dim, ("embed", axis), name=name)(x_btd)
+            return constrain(
+                x.reshape(b, t, count, c.head_dim), "batch", None, axis, None
+            )
+
+        q_bthe = heads("q", c.heads, "heads")
+        k_btke = heads("k", c.kv_heads, "kv_heads")
+        v_btke = heads("v", c.kv_heads, "kv_heads")
+        if c.qk_norm:
+            q_bthe = RMSNorm(c.norm_eps, name="q_norm")(q_bthe)
+            k_btke = RMSNorm(c.norm_eps, name="k_norm")(k_btke)
+        q_bthe, k_btke = rotate(q_bthe, angle_bte), rotate(k_btke, angle_bte)
+        if cache is not None:
+            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+            start_b = positions_bt[:, 0]
+            cache = Cache(write(cache[0], k_btke, start_b),
+                          write(cache[1], v_btke, start_b))
+            k_btke, v_btke = cache
+        out_bthe = kernels.attention(q_bthe, k_btke, v_btke, mask_bts)
+        out = Linear(c.width, ("heads", "embed"), 1 / (2 * c.layers), name="out")
+        return out(out_bthe.reshape(b, t, -1)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) or GELU feed-forward layer."""
+
+    model: config.GPT
+
+    @nn.compact
+    def __call__(self, x_btd):
+        c = self.model
+        hidden = partial(Linear, c.mlp, ("embed", "mlp"))
+        if c.activation == "swiglu":
+            h_btf = nn.silu(hidden(name="gate")(x_btd)) * hidden(name="up")(x_btd)
+        else:
+            h_btf = nn.gelu(hidden(name="up")(x_btd))
+        h_btf = constrain(h_btf, "batch", None, "mlp")
+        down = Linear(c.width, ("mlp", "embed"), 1 / (2 * c.layers), name="down")
+        return down(h_btf)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    model: config.GPT
+
+    @nn.compact
+    def __call__(self, x_btd, cache, angle_bte, mask_bts, positions_bt):
+        eps = self.model.norm_eps
+        y_btd, cache = Attention(self.model, name="attention")(
+            RMSNorm(eps, name="attention_norm")(x_btd),
+            angle_bte, mask_bts, positions_bt, cache,
+        )
+        x_btd = constrain(x_btd + y_btd, "batch", None, None)
+        y_btd = MLP(self.model, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_btd))
+        return constrain(x_btd + y_btd, "batch", None, None), cache
+
+
+class GPT(nn.Module):
+    """The whole model; `config.resolve_model` must have filled in its config."""
+
+    model: config.GPT
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        *,
+        segments_bt: Int[Array, "b t"] | None = None,
+        positions_bt: Int[Array, "b t"] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Logits of the next token.
+
+        Args:
+            tokens_bt: token numbers.
+            segments_bt: document of each token; none sees another document.
+            positions_bt: position of each token, consecutive in a row; 0, 1, ...
+                by default.
+            cache: keys and values before these tokens; theirs are written to the
+                slots of their positions.
+
+        Returns:
+            float32[b, t, v]; with a cache the pair (logits, cache).
+        """
+        c = self.model
+        b, t = tokens_bt.shape
+        dtype = jnp.dtype(c.dtype)
+        init = nn.initializers.normal(0.02)
+        table_vd = self.param(
+            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")),
+            (c.vocab, c.width),
+        ).astype(dtype)
+        # Whole in width before the look-up: the partitioner would otherwise copy the
+        # activations to every device to turn the cut in width into one in rows.
+        table_vd = constrain(table_vd, "vocab", None)
+        x_btd = constrain(jnp.take(table_vd, tokens_bt, axis=0), "batch", None, None)
+
+        mask_bts = None
+        if cache is not None or segments_bt is not None:
+            now_bt = (jnp.arange(t)[None] if positions_bt is None else positions_bt)
+            slots = t if cache is None else cache.k_lbske.shape[2]
+            mask_bts = kernels.causal_mask(now_bt, jnp.arange(slots)[None], segments_bt)
+        if positions_bt is None:
+            positions_bt = jnp.arange(t)[None]
+        angle_bte = positions_bt[:, :, None] * rope_frequencies(c)[None, None]
+        positions_bt = jnp.broadcast_to(positions_bt, (b, t))
+
+        x_btd, cache = self._blocks(x_btd, cache, angle_bte, mask_bts, positions_bt)
+        x_btd = RMSNorm(c.norm_eps, name="norm")(x_btd)
+        if c.tied:
+            kernel_dv = table_vd.T
+        else:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            kernel_dv = self.param(
+                "output", nn.with_logical_partitioning(init, ("embed", "vocab")),
+                (c.width, c.vocab),
+            ).astype(dtype)
+        logits_btv = kernels.matmul(x_btd, kernel_dv).astype(jnp.float32)
+        logits_btv = constrain(logits_btv, "batch", None, "vocab")
+        return logits_btv if cache is None else (logits_btv, cache)
+
+    def _blocks(self, x_btd, cache, *shared):
+        c = self.model
+        block = Block
+        if c.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            block = nn.remat(
+                Block, prevent_cse=not c.scan,
+                policy=dots if c.remat == "dots" else None,
+            )
+        if c.scan:
+            layers = nn.scan(
+                block, length=c.layers,
+                variable_axes={"params": 0}, split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                metadata_params={nn.PARTITION_NAME: None},
+            )
+            return layers(c, name="layers")(x_btd, cache, *shared)
+        caches = []
+        for i in range(c.layers):
+            layer = None if cache is None else Cache(cache[0][i], cache[1][i])
+            x_btd, layer = block(c, name=f"layer_{i}")(x_btd, layer, *shared)
+            caches.append(layer)
+        if cache is not None:
+            cache = jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        return x_btd, cache
+
+
+def init_params(model: config.GPT, key: jax.Array) -> Any:
+    """Fresh weights: a tree of float32 arrays."""
+    return nn.unbox(_boxed_params(model, key))
+
+
+def param_names(model: config.GPT) -> Any:
+    """Logical dimension names of each weight: the tree of `init_params`, of tuples."""
+    boxed = jax.eval_shape(partial(_boxed_params, model), jax.random.key(0))
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+
+
+def _boxed_params(model, key):
+    return GPT(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of parameters (or of their shapes)."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
