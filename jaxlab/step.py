@@ -1,0 +1,130 @@
+"""The pure functions at the centre: one training step, one evaluation step."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxlab.data import Batch
+from jaxlab.state import TrainState
+
+
+Apply = Callable[..., Array]
+"""`model.apply`: ({"params": ...}, tokens_bt) to logits, float32[b, t, v]."""
+
+
+def cross_entropy(
+    logits_btv: Float[Array, "b t v"], targets_bt: Int[Array, "b t"]
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Negative log-likelihood (nats) and log-partition of each token."""
+    log_z_bt = jax.nn.logsumexp(logits_btv, axis=-1)
+    picked_bt = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+    return log_z_bt - picked_bt, log_z_bt
+
+
+def summed_loss(
+    params: Any, batch_bt: Batch, *, apply: Apply, z_loss: float
+) -> tuple[Array, tuple[Array, Array]]:
+    """Sum over a micro-batch's targets of mask * (nll + z_loss * log_z^2).
+
+    The z-loss is PaLM's (arXiv 2204.02311, section 5).
+
+    Returns:
+        the sum, and (sum of mask * nll, sum of mask); float32[] each.
+    """
+    inputs_bt, targets_bt, mask_bt, segments_bt = batch_bt
+    logits_btv = apply({"params": params}, inputs_bt, segments_bt=segments_bt)
+    nll_bt, log_z_bt = cross_entropy(logits_btv, targets_bt)
+    nll = jnp.sum(mask_bt * nll_bt)
+    total = nll + z_loss * jnp.sum(mask_bt * log_z_bt**2) if z_loss else nll
+    return total, (nll, jnp.sum(mask_bt))
+
+
+def mean_gradient(
+    params: Any, batch: Batch, *, apply: Apply, z_loss: float = 0.0
+) -> tuple[Any, Array]:
+    """Gradient of the mean loss over all targets of all micro-batches.
+
+    The sums of the micro-batches are added before the one division, so the result
+    does not depend on how the batch was cut.
+
+    Args:
+        params: weights.
+        batch: arrays [microbatch, row, time].
+        apply: the model.
+        z_loss: weight of the squared log-partition.
+
+    Returns:
+        gradient like `params`, and the mean nll (nats per token).
+    """
+    one = jax.grad(summed_loss, has_aux=True)
+
+    def add(total, micro):
+        return jax.tree.map(
+            jnp.add, total, one(params, micro, apply=apply, z_loss=z_loss)), None
+
+    total = one(params, jax.tree.map(lambda x: x[0], batch), apply=apply, z_loss=z_loss)
+    if batch.inputs_abt.shape[0] > 1:
+        total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], batch))
+    gradient, (nll, count) = total
+    count = jnp.maximum(count, 1.0)
+    return jax.tree.map(lambda g: g / count, gradient), nll / count
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    apply: Apply,
+    tx: optax.GradientTransformation,
+    z_loss: float = 0.0,
+    ema: float | None = None,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step.
+
+    A step whose loss or gradient is not finite changes no weights. With "skip" it
+    is counted and passed over; with "stop" no later step changes anything either,
+    so the caller, who learns of it a step late, still holds the last good state.
+
+    Returns:
+        the state after the step, and scalars: `loss` (nats per token),
+        `grad_norm`, `param_norm`, `finite` (bool), `skipped` (steps so far).
+    """
+    gradient, loss = mean_gradient(state.params, batch, apply=apply, z_loss=z_loss)
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if ema is not None:
+        average = optax.incremental_update(params, state.ema, 1 - ema)
+    new = TrainState(state.step + 1, params, opt_state, average, state.skipped)
+
+    passed = state._replace(skipped=state.skipped + 1)
+    good = finite
+    if on_nonfinite == "skip":
+        passed = passed._replace(step=new.step)
+    else:
+        good &= state.skipped == 0
+    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, passed)
+    return new, {
+        "loss": loss,
+        "grad_norm": norm,
+        "param_norm": optax.tree.norm(new.params),
+        "finite": finite,
+        "skipped": new.skipped,
+    }
+
+
+def eval_step(params: Any, batch: Batch, *, apply: Apply) -> tuple[Array, Array]:
+    """Sum of the nll (nats) over a batch's targets, and their number.
+
+    Takes the first micro-batch; evaluation batches have one.
+    """
+    rows = jax.tree.map(lambda x: x[0], batch)
+    _, sums = summed_loss(params, rows, apply=apply, z_loss=0.0)
+    return sums
