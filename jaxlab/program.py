@@ -1,0 +1,219 @@
+"""A run made ready: its model, optimizer, mesh and compiled functions.
+
+`scripts/train.py`, evaluation, generation and the benchmarks all start here, so a
+state is built, laid out and read back in one way only.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlab import config, data
+from jaxlab.errors import ConfigError, UserError
+from jaxlab.mesh import make_mesh
+from jaxlab.models import gpt
+from jaxlab.state import TrainState, new_state, state_shardings, with_shardings
+from jaxlab.step import eval_step, train_step
+
+
+class Program(NamedTuple):
+    """What a run does, as functions of explicit state."""
+
+    run: config.Run
+    """the config with its model resolved"""
+    mesh: Mesh
+    abstract: TrainState
+    """shapes and shardings of the state"""
+    init: Callable[[], TrainState]
+    """fresh state on the mesh"""
+    from_params: Callable[[Any], TrainState]
+    """state before the first step of given weights"""
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    """jitted `train_step`; the state is donated"""
+    evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+    """jitted `eval_step`"""
+
+
+def adopt_init(run: config.Run) -> config.Run:
+    """Takes the architecture, and the tokenizer if it is "init", from `init.path`.
+
+    How the model is computed (`scan`, `remat`, `dtype`) stays as the run says.
+
+    Raises:
+        UserError: no model there that jaxlab can load.
+    """
+    path = run.init.path
+    if path is None:
+        if run.data.tokenizer == "init":
+            raise ConfigError("data.tokenizer is init, and there is no --init.path")
+        return run
+    from jaxlab.models import hf
+
+    ours = run.model
+    model = dataclasses.replace(
+        hf.load_config(path), scan=ours.scan, remat=ours.remat, dtype=ours.dtype)
+    spec = run.data.tokenizer
+    spec = str(Path(path) / "tokenizer.json") if spec == "init" else spec
+    return dataclasses.replace(
+        run, model=model, data=dataclasses.replace(run.data, tokenizer=spec))
+
+
+def build(run: config.Run, vocab: int) -> Program:
+    """Resolves a run against the devices and makes its functions; compiles nothing.
+
+    Args:
+        run: the config as written.
+        vocab: size of the tokenizer.
+
+    Raises:
+        ConfigError: see `config.resolve_model` and `resolve_mesh`.
+    """
+    mesh = make_mesh(run.mesh)
+    model = config.resolve_model(run.model, vocab)
+    run = dataclasses.replace(run, model=model)
+
+    tx = run.optimizer.build(run.steps)
+    apply = gpt.GPT(model).apply
+    make = partial(new_state, tx=tx, ema=run.ema is not None)
+
+    def fresh() -> TrainState:
+        return make(gpt.init_params(model, jax.random.key(run.seed)))
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(fresh)
+    shardings = state_shardings(shapes, gpt.param_names(model), tx, mesh)
+    step = partial(
+        train_step, apply=apply, tx=tx, z_loss=run.z_loss, ema=run.ema,
+        on_nonfinite=run.on_nonfinite,
+    )
+    return Program(
+        run, mesh, with_shardings(shapes, shardings),
+        init=jax.jit(fresh, out_shardings=shardings),
+        from_params=jax.jit(make, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        evaluate=jax.jit(partial(eval_step, apply=apply)),
+    )
+
+
+def description(program: Program, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside the numbers."""
+    return {
+        "model": config.to_json(program.run.model),
+        "tokenizer": tokenizer_fingerprint,
+    }
+
+
+class Trained(NamedTuple):
+    """A trained model read back from its run folder."""
+
+    run: config.Run
+    model: config.GPT
+    params: Any
+    tokenizer: Any
+    step: int
+
+
+def load(folder: str | Path) -> Trained:
+    """Reads the newest good checkpoint of a run folder, whole on every device.
+
+    Raises:
+        UserError: no run or no checkpoint there, or none that is whole.
+    """
+    from jaxlab import checkpoint, tokens
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.json")
+    run = config.load(folder / "config.json")
+    tokenizer = tokens.load_tokenizer(folder / "tokenizer.json")
+    whole = dataclasses.replace(run, mesh=config.MeshShape(data=-1))
+    program = build(whole, tokenizer.vocab_size)
+    with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as saved:
+        found = checkpoint.restore(
+            saved, program.abstract,
+            description=description(program, tokenizer.fingerprint))
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint yet")
+    state, step = found
+    params = state.params if state.ema is None else state.ema
+    return Trained(run, program.run.model, params, tokenizer, step)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start compiles nothing.
+
+    Leaves a cache alone that the user has configured.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def first_state(program: Program) -> TrainState:
+    """State before the first step: fresh, or with the weights of `run.init.path`.
+
+    Raises:
+        UserError: the weights are not of this model.
+    """
+    path = program.run.init.path
+    if path is None:
+        return program.init()
+    from jaxlab.models import hf
+
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract.params)
+    _, params = hf.load_params(path, program.run.model, shardings=shardings)
+    return program.from_params(params)
+
+
+def sample(program: Program, params: Any, tokenizer: Any) -> str:
+    """Prompt and continuation that the model writes, as `run.sample` says."""
+    from jaxlab.models import generate
+
+    want = program.run.sample
+    prompt = tokenizer.encode(want.prompt).tolist() or [tokenizer.eos]
+    written = generate.generate(
+        program.run.model, params, [prompt], tokens=want.tokens,
+        key=jax.random.key(program.run.seed), temperature=want.temperature,
+        top_k=want.top_k, top_p=want.top_p, eos=tokenizer.eos)
+    return want.prompt + tokenizer.decode([int(token[0]) for token in written])
+
+
+def held_out_loss(
+    trained: Trained, corpus: str, batches: int = 0, rows: int = 16
+) -> tuple[float, float, int]:
+    """Evaluates a trained model on the held-out documents of a corpus.
+
+    Args:
+        trained: the model.
+        corpus: any that `data.prepare` takes.
+        batches: how many batches at most; 0: all.
+        rows: sequences a batch.
+
+    Returns:
+        mean loss (nats per token), number of targets, their bytes of UTF-8.
+    """
+    run = trained.run
+    folder = data.prepare(
+        corpus, run.data.tokenizer, cache=run.data.cache,
+        eval_fraction=run.data.eval_fraction, text_field=run.data.text_field)
+    eos = trained.tokenizer.eos if run.data.isolate_documents else None
+    held_out = data.eval_batches(
+        data.open_tokens(folder).eval, length=run.length, batch=rows,
+        limit=batches or None, eos=eos)
+    evaluate = jax.jit(partial(eval_step, apply=gpt.GPT(trained.model).apply))
+    sums, size = [], 0
+    for batch in held_out:
+        sums.append(evaluate(trained.params, jax.tree.map(jnp.asarray, batch)))
+        kept = batch.targets_abt[batch.mask_abt > 0]
+        size += len(trained.tokenizer.decode(kept).encode())
+    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return float(nll / count), float(count), size
