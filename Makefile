@@ -59,6 +59,8 @@ format: $(DEV)  ## format the code and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+# The peers' plugins for absent chips complain at start unless JAX is told its platform.
+bench: export JAX_PLATFORMS ?= $(if $(EXTRAS),,cpu)
 bench: $(PEER)  ## run the benchmarks (BENCH=benchmarks/data.py); each prints JSON
 	@test -n '$(BENCH)' || { echo 'benchmarks/ holds none yet' >&2; exit 1; }
 	@set -e; for script in $(BENCH); do \

@@ -184,6 +184,7 @@ def cpu_model() -> str:
 def main(arguments: list[str]) -> None:
     """Writes a token file, measures, and prints JSON."""
     options = parse_options(Options, arguments, "benchmarks/data.py")
+    load = os.getloadavg()[0]  # of others, so before this adds to it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.bin")
         ids = np.random.default_rng(0).integers(0, 2**16, TOKENS, dtype=np.uint16)
@@ -196,7 +197,7 @@ def main(arguments: list[str]) -> None:
     packages = {name: version(name) for name in ("numpy", "grain")}
     result = {
         "benchmark": "data",
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "load": load},
         "versions": {"python": platform.python_version()} | packages,
         "tokens": TOKENS,
         "rounds": options.rounds,

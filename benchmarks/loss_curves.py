@@ -29,9 +29,24 @@ MESHES = {
     "data 2, fsdp 2, tensor 2": (8, {"data": 2, "fsdp": 2, "tensor": 2}),
     "replica 2, fsdp 4": (8, {"replica": 2, "fsdp": 4}),
 }
-SIZE = ("--model.width", "128", "--model.heads", "8", "--model.kv-heads", "4",
-        "--length", "128", "--log-every", "1", "--evaluate.every", "0",
-        "--checkpoint.every", "0", "--sample.tokens", "0")
+SIZE = (
+    "--model.width",
+    "128",
+    "--model.heads",
+    "8",
+    "--model.kv-heads",
+    "4",
+    "--length",
+    "128",
+    "--log-every",
+    "1",
+    "--evaluate.every",
+    "0",
+    "--checkpoint.every",
+    "0",
+    "--sample.tokens",
+    "0",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +61,20 @@ def start(out: Path, steps: int, devices: int, options: list[str]) -> subprocess
     """Starts scripts/train.py with so many forced CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, ROOT / "scripts/train.py", ROOT / "configs/gpt_tiny.py",
-         "--steps", str(steps), "--out", str(out), *SIZE, *options],
+        [
+            sys.executable,
+            ROOT / "scripts/train.py",
+            ROOT / "configs/gpt_tiny.py",
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+            *SIZE,
+            *options,
+        ],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL)
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def curve(out: Path) -> list[float]:
@@ -63,10 +88,17 @@ def two_processes(out: Path, steps: int) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mesh = ["--mesh.fsdp", "4", "--distributed.coordinator", f"127.0.0.1:{port}",
-            "--distributed.processes", "2"]
-    return [start(out, steps, 4, [*mesh, "--distributed.index", str(i)])
-            for i in range(2)]
+    mesh = [
+        "--mesh.fsdp",
+        "4",
+        "--distributed.coordinator",
+        f"127.0.0.1:{port}",
+        "--distributed.processes",
+        "2",
+    ]
+    return [
+        start(out, steps, 4, [*mesh, "--distributed.index", str(i)]) for i in range(2)
+    ]
 
 
 def main() -> None:
@@ -85,13 +117,27 @@ def main() -> None:
 
     one = curves["1 device"]
     rows = [
-        {"mesh": name, "first": ours[0], "last": ours[-1],
-         "largest_relative_difference": max(
-             abs(a - b) / b for a, b in zip(ours, one, strict=True))}
+        {
+            "mesh": name,
+            "first": ours[0],
+            "last": ours[-1],
+            "largest_relative_difference": max(
+                abs(a - b) / b for a, b in zip(ours, one, strict=True)
+            ),
+        }
         for name, ours in curves.items()
     ]
-    json.dump({"benchmark": "loss_curves", "steps": steps, "machine": platform.machine(),
-               "python": platform.python_version(), "rows": rows}, sys.stdout, indent=1)
+    json.dump(
+        {
+            "benchmark": "loss_curves",
+            "steps": steps,
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "rows": rows,
+        },
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 

@@ -1,6 +1,6 @@
 """A small byte-level GPT on the source of Python's own library.
 
-    python scripts/train.py configs/gpt_tiny.py        (or: make train)
+python scripts/train.py configs/gpt_tiny.py        (or: make train)
 """
 
 from jaxlab.config import GPT, AdamW, Checkpoint, Data, Evaluate, Run

@@ -61,7 +61,11 @@ def parse_options(
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[cls], args=list(arguments), prog=prog, **given)
+                tyro.conf.AvoidSubcommands[cls],
+                args=list(arguments),
+                prog=prog,
+                **given,
+            )
     except SystemExit as stop:
         if not stop.code:
             raise

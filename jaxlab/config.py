@@ -124,16 +124,26 @@ class AdamW:
         from jaxlab import optim
 
         return optim.learning_rate(
-            self.lr, steps, schedule=self.schedule, warmup=self.warmup,
-            decay_share=self.decay_share, end_factor=self.end_factor)
+            self.lr,
+            steps,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            decay_share=self.decay_share,
+            end_factor=self.end_factor,
+        )
 
     def build(self, steps: int) -> Any:
         """The optax transformation of a run of so many steps."""
         from jaxlab import optim
 
         return optim.adamw(
-            self.learning_rate(steps), b1=self.b1, b2=self.b2, eps=self.eps,
-            weight_decay=self.weight_decay, clip=self.clip)
+            self.learning_rate(steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+        )
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,9 @@ def to_json(value: Any) -> Any:
     """Plain JSON form of a config; each dataclass carries its name as `type`."""
     if dataclasses.is_dataclass(value):
         items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__} | {k: to_json(v) for k, v in items.items()}
+        return {"type": type(value).__name__} | {
+            k: to_json(v) for k, v in items.items()
+        }
     return value
 
 
@@ -266,7 +278,7 @@ def from_json(value: Any, where: str = "config") -> Any:
     if not (isinstance(value, dict) and "type" in value):
         return value
     known = {k: c for k, c in globals().items() if dataclasses.is_dataclass(c)}
-    cls = known.get(value["type"])
+    cls: Any = known.get(value["type"])
     if cls is None:
         raise ConfigError(f"{where}: no config is called {value['type']!r}")
     hints = typing.get_type_hints(cls)
@@ -275,8 +287,9 @@ def from_json(value: Any, where: str = "config") -> Any:
         if name == "type":
             continue
         if name not in hints:
-            raise ConfigError(f"{where}: {cls.__name__} has no field {name!r}"
-                              + _nearest(name, hints))
+            raise ConfigError(
+                f"{where}: {cls.__name__} has no field {name!r}" + _nearest(name, hints)
+            )
         fields[name] = from_json(item, f"{where}.{name}")
         if not _fits(fields[name], hints[name]):
             raise ConfigError(f"{where}.{name} is {item!r}, not {hints[name]}")
@@ -368,22 +381,30 @@ def resolve_model(model: GPT, tokenizer_vocab: int) -> GPT:
     """
     heads, kv_heads = model.heads, model.kv_heads or model.heads
     if heads % kv_heads:
-        raise ConfigError(f"model.heads {heads} is not a multiple of "
-                          f"model.kv_heads {kv_heads}")
+        raise ConfigError(
+            f"model.heads {heads} is not a multiple of model.kv_heads {kv_heads}"
+        )
     if model.head_dim is None and model.width % heads:
-        raise ConfigError(f"model.width {model.width} is not a multiple of "
-                          f"model.heads {heads}; set model.head_dim")
+        raise ConfigError(
+            f"model.width {model.width} is not a multiple of "
+            f"model.heads {heads}; set model.head_dim"
+        )
     head_dim = model.head_dim or model.width // heads
     if head_dim % 2:
-        raise ConfigError(f"model.head_dim {head_dim} is odd; rotary embeddings "
-                          "turn pairs")
+        raise ConfigError(
+            f"model.head_dim {head_dim} is odd; rotary embeddings turn pairs"
+        )
     wide = model.width * 8 // 3 if model.activation == "swiglu" else model.width * 4
     vocab = model.vocab or -(-tokenizer_vocab // 64) * 64
     if vocab < tokenizer_vocab:
-        raise ConfigError(f"model.vocab {vocab} is smaller than the tokenizer's "
-                          f"{tokenizer_vocab}")
+        raise ConfigError(
+            f"model.vocab {vocab} is smaller than the tokenizer's {tokenizer_vocab}"
+        )
     return dataclasses.replace(
-        model, vocab=vocab, kv_heads=kv_heads, head_dim=head_dim,
+        model,
+        vocab=vocab,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         mlp=model.mlp or -(-wide // 64) * 64,
     )
 
@@ -399,15 +420,19 @@ def resolve_mesh(shape: MeshShape, devices: int) -> MeshShape:
     bad = [name for name, size in sizes.items() if size < 1 and size != -1]
     if bad or len(free) > 1:
         name = (bad or free)[0]
-        raise ConfigError(f"mesh.{name} is {sizes[name]}; axes are at least 1, and "
-                          "-1 (all that are left) on one axis only")
+        raise ConfigError(
+            f"mesh.{name} is {sizes[name]}; axes are at least 1, and "
+            "-1 (all that are left) on one axis only"
+        )
     fixed = 1
     for size in sizes.values():
         fixed *= 1 if size == -1 else size
     if devices % fixed or (not free and fixed != devices):
         axes = ", ".join(f"{k} {v}" for k, v in sizes.items() if v != 1)
-        raise ConfigError(f"mesh ({axes}) needs {'a multiple of ' if free else ''}"
-                          f"{fixed} devices, and there are {devices}")
+        raise ConfigError(
+            f"mesh ({axes}) needs {'a multiple of ' if free else ''}"
+            f"{fixed} devices, and there are {devices}"
+        )
     return dataclasses.replace(shape, **{name: devices // fixed for name in free})
 
 
@@ -425,8 +450,10 @@ def validate(run: Run, mesh: MeshShape) -> None:
     if run.ema is not None and not 0 < run.ema < 1:
         raise ConfigError(f"ema is {run.ema}, and must lie between 0 and 1")
     if run.checkpoint.keep_last < 1:
-        raise ConfigError(f"checkpoint.keep_last is {run.checkpoint.keep_last}, and "
-                          "must be at least 1, or there is nothing to resume from")
+        raise ConfigError(
+            f"checkpoint.keep_last is {run.checkpoint.keep_last}, and "
+            "must be at least 1, or there is nothing to resume from"
+        )
     shards = mesh.replica * mesh.data * mesh.fsdp
     rows = run.batch // run.accumulate
     for value, name, size, axis in (
@@ -438,5 +465,5 @@ def validate(run: Run, mesh: MeshShape) -> None:
         (model.mlp, "model.mlp", mesh.tensor, "mesh.tensor"),
         (model.vocab, "model.vocab", mesh.tensor, "mesh.tensor"),
     ):
-        if value % size:
+        if value is None or value % size:
             raise ConfigError(f"{name} {value} is not a multiple of {axis} {size}")

@@ -40,16 +40,19 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
         lock = open(folder / "lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
         reason = error.strerror
-        raise UserError(f"cannot write the run folder {folder}: {reason}; "
-                        "choose another with --out") from error
+        raise UserError(
+            f"cannot write the run folder {folder}: {reason}; choose another with --out"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise UserError(f"another process ({lock.read().strip() or 'unknown'}) "
-                            f"trains in {folder}; wait for it or choose another "
-                            "--out") from None
+            raise UserError(
+                f"another process ({lock.read().strip() or 'unknown'}) "
+                f"trains in {folder}; wait for it or choose another "
+                "--out"
+            ) from None
         lock.seek(0)
         lock.truncate()
         lock.write(f"pid {os.getpid()}")

@@ -41,7 +41,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = {
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
     if not automatic:
@@ -76,9 +77,10 @@ def start_processes(config: Distributed) -> None:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError("cannot join the job's processes at "
-                        f"{config.coordinator or 'the detected address'}: {reason}"
-                        ) from error
+        raise UserError(
+            "cannot join the job's processes at "
+            f"{config.coordinator or 'the detected address'}: {reason}"
+        ) from error
 
 
 def several_processes() -> bool:
@@ -100,7 +102,7 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
         return
     sizes = (shape.replica, shape.data, shape.fsdp, shape.tensor)
     wanted = int(np.prod([max(size, 1) for size in sizes])) // processes
-    if wanted > jax.config.jax_num_cpu_devices:
+    if wanted > jax.config.read("jax_num_cpu_devices"):
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
@@ -123,8 +125,8 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
     """Row numbers (of `rows` in a micro-batch) that this process's devices hold."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((1, rows, 1))
-    held = {range(*index[1].indices(rows)) for index in indices.values()}
-    return np.unique(np.concatenate([np.arange(r.start, r.stop) for r in held]))
+    held = [np.arange(rows)[index[1]] for index in indices.values() if index]
+    return np.unique(np.concatenate(held))
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any, rows: int, local: np.ndarray) -> Any:
@@ -144,6 +146,8 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any, rows: int, local: np.ndarray)
             start, stop, _ = index[1].indices(rows)
             return x[:, place[start] : place[start] + stop - start]
 
-        return jax.make_array_from_callback((x.shape[0], rows, x.shape[2]), sharding, part)
+        return jax.make_array_from_callback(
+            (x.shape[0], rows, x.shape[2]), sharding, part
+        )
 
     return jax.tree.map(put, batch)

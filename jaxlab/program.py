@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxlab import config, data
@@ -21,7 +20,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.mesh import make_mesh
 from jaxlab.models import gpt
 from jaxlab.state import TrainState, new_state, state_shardings, with_shardings
-from jaxlab.step import eval_step, train_step
+from jaxlab.step import eval_step, mean_loss, train_step
 
 
 class Program(NamedTuple):
@@ -59,11 +58,26 @@ def adopt_init(run: config.Run) -> config.Run:
 
     ours = run.model
     model = dataclasses.replace(
-        hf.load_config(path), scan=ours.scan, remat=ours.remat, dtype=ours.dtype)
+        hf.load_config(path), scan=ours.scan, remat=ours.remat, dtype=ours.dtype
+    )
     spec = run.data.tokenizer
     spec = str(Path(path) / "tokenizer.json") if spec == "init" else spec
     return dataclasses.replace(
-        run, model=model, data=dataclasses.replace(run.data, tokenizer=spec))
+        run, model=model, data=dataclasses.replace(run.data, tokenizer=spec)
+    )
+
+
+def open_tokens(text: config.Data, corpus: str) -> data.Tokens:
+    """Token files of a corpus, made now if they are not there yet."""
+    return data.open_tokens(
+        data.prepare(
+            corpus,
+            text.tokenizer,
+            eval_fraction=text.eval_fraction,
+            text_field=text.text_field,
+            cache=text.cache,
+        )
+    )
 
 
 def build(run: config.Run, vocab: int) -> Program:
@@ -91,11 +105,17 @@ def build(run: config.Run, vocab: int) -> Program:
         shapes = jax.eval_shape(fresh)
     shardings = state_shardings(shapes, gpt.param_names(model), tx, mesh)
     step = partial(
-        train_step, apply=apply, tx=tx, z_loss=run.z_loss, ema=run.ema,
+        train_step,
+        apply=apply,
+        tx=tx,
+        z_loss=run.z_loss,
+        ema=run.ema,
         on_nonfinite=run.on_nonfinite,
     )
     return Program(
-        run, mesh, with_shardings(shapes, shardings),
+        run,
+        mesh,
+        with_shardings(shapes, shardings),
         init=jax.jit(fresh, out_shardings=shardings),
         from_params=jax.jit(make, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
@@ -138,8 +158,10 @@ def load(folder: str | Path) -> Trained:
     program = build(whole, tokenizer.vocab_size)
     with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as saved:
         found = checkpoint.restore(
-            saved, program.abstract,
-            description=description(program, tokenizer.fingerprint))
+            saved,
+            program.abstract,
+            description=description(program, tokenizer.fingerprint),
+        )
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet")
     state, step = found
@@ -152,7 +174,7 @@ def use_compilation_cache() -> None:
 
     Leaves a cache alone that the user has configured.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -175,21 +197,31 @@ def first_state(program: Program) -> TrainState:
 
 
 def sample(program: Program, params: Any, tokenizer: Any) -> str:
-    """Prompt and continuation that the model writes, as `run.sample` says."""
+    """Prompt and continuation that the model writes, as `run.sample` says; or ""."""
     from jaxlab.models import generate
 
     want = program.run.sample
+    if not want.tokens:
+        return ""
     prompt = tokenizer.encode(want.prompt).tolist() or [tokenizer.eos]
     written = generate.generate(
-        program.run.model, params, [prompt], tokens=want.tokens,
-        key=jax.random.key(program.run.seed), temperature=want.temperature,
-        top_k=want.top_k, top_p=want.top_p, eos=tokenizer.eos)
-    return want.prompt + tokenizer.decode([int(token[0]) for token in written])
+        program.run.model,
+        params,
+        [prompt],
+        tokens=want.tokens,
+        key=jax.random.key(program.run.seed),
+        temperature=want.temperature,
+        top_k=want.top_k,
+        top_p=want.top_p,
+        eos=tokenizer.eos,
+        vocab=tokenizer.vocab_size,
+    )
+    return want.prompt + tokenizer.decode(token[0] for token in written)
 
 
 def held_out_loss(
     trained: Trained, corpus: str, batches: int = 0, rows: int = 16
-) -> tuple[float, float, int]:
+) -> tuple[float, int, int]:
     """Evaluates a trained model on the held-out documents of a corpus.
 
     Args:
@@ -202,18 +234,20 @@ def held_out_loss(
         mean loss (nats per token), number of targets, their bytes of UTF-8.
     """
     run = trained.run
-    folder = data.prepare(
-        corpus, run.data.tokenizer, cache=run.data.cache,
-        eval_fraction=run.data.eval_fraction, text_field=run.data.text_field)
+    tokens = open_tokens(run.data, corpus)
     eos = trained.tokenizer.eos if run.data.isolate_documents else None
     held_out = data.eval_batches(
-        data.open_tokens(folder).eval, length=run.length, batch=rows,
-        limit=batches or None, eos=eos)
+        tokens.eval,
+        length=run.length,
+        batch=rows,
+        limit=batches or None,
+        eos=eos,
+    )
     evaluate = jax.jit(partial(eval_step, apply=gpt.GPT(trained.model).apply))
     sums, size = [], 0
     for batch in held_out:
         sums.append(evaluate(trained.params, jax.tree.map(jnp.asarray, batch)))
         kept = batch.targets_abt[batch.mask_abt > 0]
         size += len(trained.tokenizer.decode(kept).encode())
-    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return float(nll / count), float(count), size
+    loss, count = mean_loss(sums)
+    return loss, count, size

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlab import config, metrics
 from jaxlab.data import Tokens
@@ -28,17 +27,25 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
     numbers = parameter_count(made.abstract.params)
     per_step = run.batch * run.length
     epochs = run.steps * per_step / max(len(tokens.train), 1)
-    yield (f"devices   {jax.device_count()} x {device.device_kind} ({device.platform}), "
-           f"{jax.process_count()} process(es), jax {jax.__version__}")
+    yield (
+        f"devices   {jax.device_count()} x {device.device_kind} ({device.platform}), "
+        f"{jax.process_count()} process(es), jax {jax.__version__}"
+    )
     yield f"mesh      {axes or 'one device'}"
     yield f"model     {numbers / 1e6:.2f} M parameters, computed in {run.model.dtype}"
-    yield (f"data      {run.data.corpus}: {len(tokens.train):,} tokens to train on, "
-           f"{len(tokens.eval):,} held out, vocabulary {tokens.tokenizer.vocab_size}")
-    yield (f"step      {run.batch} x {run.length} = {per_step:,} tokens; "
-           f"{run.steps} steps are {epochs:.2f} epochs")
+    yield (
+        f"data      {run.data.corpus}: {len(tokens.train):,} tokens to train on, "
+        f"{len(tokens.eval):,} held out, vocabulary {tokens.tokenizer.vocab_size}"
+    )
+    yield (
+        f"step      {run.batch} x {run.length} = {per_step:,} tokens; "
+        f"{run.steps} steps are {epochs:.2f} epochs"
+    )
     where = "weights of " + run.init.path if run.init.path else "fresh weights"
-    yield (f"state     {where if resumed is None else f'restored from step {resumed}'}, "
-           f"in {run.out}")
+    yield (
+        f"state     {where if resumed is None else f'restored from step {resumed}'}, "
+        f"in {run.out}"
+    )
 
 
 def write_run(made: Program, tokens: Tokens, write: metrics.Writer, start: int) -> None:
@@ -57,14 +64,21 @@ def write_run(made: Program, tokens: Tokens, write: metrics.Writer, start: int) 
 def versions() -> dict[str, Any]:
     """Versions of what the numbers depend on, the revision and the command."""
     names = ("jaxlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {d.name: d.version for d in importlib.metadata.distributions()
-             if d.name in names}
+    found = {
+        d.name: d.version for d in importlib.metadata.distributions() if d.name in names
+    }
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     return {
-        "python": platform.python_version(), **found,
-        "revision": revision.stdout.strip() or None, "command": sys.argv,
+        "python": platform.python_version(),
+        **found,
+        "revision": revision.stdout.strip() or None,
+        "command": sys.argv,
     }
 
 
@@ -94,13 +108,15 @@ class Stopwatch:
         """Starts at step `start`; `clock` gives seconds."""
         run = made.run
         self._tokens = run.batch * run.length
-        self._flops = self._tokens * metrics.train_flops_per_token(run.model, run.length)
+        self._flops = self._tokens * metrics.train_flops_per_token(
+            run.model, run.length
+        )
         device = jax.devices()[0]
         # Forced CPU devices share the cores that one is rated by.
         count = jax.process_count() if device.platform == "cpu" else made.mesh.size
         self._peak = metrics.peak_flops(device, run.model.dtype) * count
         self._clock, self._since, self._step = clock, clock(), start
-        self._spent = dict.fromkeys(("data", *self._APART), 0.0)
+        self._spent: dict[str, float] = dict.fromkeys(("data", *self._APART), 0.0)
 
     @contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
@@ -123,9 +139,3 @@ class Stopwatch:
         self._since, self._step = now, step
         self._spent = dict.fromkeys(self._spent, 0.0)
         return scalars
-
-
-def mean_loss(sums: list[Any]) -> float:
-    """Mean over targets of (sum of nll, count) pairs, added up in float64."""
-    nll, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return float(nll / count)

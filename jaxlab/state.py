@@ -39,17 +39,21 @@ def state_shardings(
 
     Args:
         abstract: shapes of the state (`jax.eval_shape` of `new_state`).
-        names: logical dimension names of each weight (`models.init_model`).
+        names: logical dimension names of each weight (`models.gpt.param_names`).
         tx: the optimizer whose state this is.
         mesh: the job's mesh.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole: Any = NamedSharding(mesh, PartitionSpec())
     weights = jax.tree.map(
-        lambda n: NamedSharding(mesh, partition_spec(n)), names,
+        lambda n: NamedSharding(mesh, partition_spec(n)),
+        names,
         is_leaf=lambda n: isinstance(n, tuple),
     )
     opt_state = optax.tree.map_params(
-        tx, lambda _, sharding: sharding, abstract.opt_state, weights,
+        tx,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        weights,
         transform_non_params=lambda _: whole,
     )
     ema = None if abstract.ema is None else weights
@@ -60,5 +64,6 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes that also say where the arrays lie; what a restore asks for."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract, shardings,
+        abstract,
+        shardings,
     )

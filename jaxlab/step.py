@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from jaxlab.data import Batch
 from jaxlab.state import TrainState
 
-
-Apply = Callable[..., Array]
+Apply = Callable[..., Any]
 """`model.apply`: ({"params": ...}, tokens_bt) to logits, float32[b, t, v]."""
 
 
@@ -35,7 +35,7 @@ def summed_loss(
     Returns:
         the sum, and (sum of mask * nll, sum of mask); float32[] each.
     """
-    inputs_bt, targets_bt, mask_bt, segments_bt = batch_bt
+    inputs_bt, targets_bt, mask_bt, segments_bt = jax.tree.map(jnp.asarray, batch_bt)
     logits_btv = apply({"params": params}, inputs_bt, segments_bt=segments_bt)
     nll_bt, log_z_bt = cross_entropy(logits_btv, targets_bt)
     nll = jnp.sum(mask_bt * nll_bt)
@@ -64,7 +64,8 @@ def mean_gradient(
 
     def add(total, micro):
         return jax.tree.map(
-            jnp.add, total, one(params, micro, apply=apply, z_loss=z_loss)), None
+            jnp.add, total, one(params, micro, apply=apply, z_loss=z_loss)
+        ), None
 
     total = one(params, jax.tree.map(lambda x: x[0], batch), apply=apply, z_loss=z_loss)
     if batch.inputs_abt.shape[0] > 1:
@@ -128,3 +129,9 @@ def eval_step(params: Any, batch: Batch, *, apply: Apply) -> tuple[Array, Array]
     rows = jax.tree.map(lambda x: x[0], batch)
     _, sums = summed_loss(params, rows, apply=apply, z_loss=0.0)
     return sums
+
+
+def mean_loss(sums: list[tuple[Array, Array]]) -> tuple[float, int]:
+    """Mean nll (nats per token) and count of `eval_step`'s sums, in float64."""
+    nll, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()
+    return nll / count, int(count)

@@ -7,22 +7,20 @@ numbers as one that was not.
 """
 
 import contextlib
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxlab import config, data, metrics, program, record
 from jaxlab.errors import UserError
 from jaxlab.files import locked_folder
 from jaxlab.mesh import local_rows, put_batch, start_processes, use_cpu_devices
+from jaxlab.signals import stop_agreed, stop_requests
 from jaxlab.state import TrainState
+from jaxlab.step import mean_loss
 
 Say = Callable[[str], None]
 
@@ -49,9 +47,7 @@ def train(run: config.Run, say: Say = print) -> TrainState:
         if primary:
             stack.enter_context(locked_folder(run.out))
         run = program.adopt_init(run)
-        tokens = data.open_tokens(data.prepare(
-            run.data.corpus, run.data.tokenizer, cache=run.data.cache,
-            eval_fraction=run.data.eval_fraction, text_field=run.data.text_field))
+        tokens = program.open_tokens(run.data, run.data.corpus)
         made = program.build(run, tokens.tokenizer.vocab_size)
         config.validate(made.run, config.MeshShape(**made.mesh.shape))
         stack.enter_context(jax.set_mesh(made.mesh))
@@ -65,9 +61,15 @@ def _train(
 
     run, out = made.run, Path(made.run.out)
     description = program.description(made, tokens.tokenizer.fingerprint)
-    saved = stack.enter_context(contextlib.closing(checkpoint.open_checkpoints(
-        out / "checkpoints", keep_last=run.checkpoint.keep_last,
-        keep_best=run.checkpoint.keep_best)))
+    saved = stack.enter_context(
+        contextlib.closing(
+            checkpoint.open_checkpoints(
+                out / "checkpoints",
+                keep_last=run.checkpoint.keep_last,
+                keep_best=run.checkpoint.keep_best,
+            )
+        )
+    )
     found = checkpoint.restore(saved, made.abstract, description=description, log=say)
     state, start = found or (program.first_state(made), 0)
     for line in record.start_up(made, tokens, start if found else None):
@@ -76,11 +78,14 @@ def _train(
         say(f"{out} is already at step {start} of {run.steps}; raise --steps to go on")
         return state
 
-    write = stack.enter_context(metrics.open_writer(
-        out if jax.process_index() == 0 else None, start if found else None))
+    write = stack.enter_context(
+        metrics.open_writer(
+            out if jax.process_index() == 0 else None, start if found else None
+        )
+    )
     record.write_run(made, tokens, write, start)
     batches, held_out = _pipelines(made, tokens, start, stack)
-    stop = stack.enter_context(_stop_requests())
+    stop = stack.enter_context(stop_requests())
     bar = stack.enter_context(_progress_bar(start, run.steps))
     rate = run.optimizer.learning_rate(run.steps)
     watch = record.Stopwatch(made, start)
@@ -100,21 +105,27 @@ def _train(
             raise UserError(
                 f"the loss or gradient of step {step} is not finite (loss "
                 f"{values['loss']}); the state before it is saved in {out}; try a "
-                "lower --optimizer.lr, or --on-nonfinite skip")
+                "lower --optimizer.lr, or --on-nonfinite skip"
+            )
         if _due(step, run.log_every) or step == run.steps:
             times = watch.lap(step)
-            write.scalars(step, {
-                "train/loss": float(values["loss"]),
-                "train/grad_norm": float(values["grad_norm"]),
-                "train/param_norm": float(values["param_norm"]),
-                "train/skipped": int(values["skipped"]),
-                "train/learning_rate": float(rate(step - 1)),
-                **times,
-            })
+            write.scalars(
+                step,
+                {
+                    "train/loss": float(values["loss"]),
+                    "train/grad_norm": float(values["grad_norm"]),
+                    "train/param_norm": float(values["param_norm"]),
+                    "train/skipped": int(values["skipped"]),
+                    "train/learning_rate": float(rate(step - 1)),
+                    **times,
+                },
+            )
             bar.set_postfix_str(f"loss {values['loss']:.3f}")
-            if bar.disable:
-                say(f"step {step}/{run.steps}: loss {values['loss']:.4f}, "
-                    f"{times['time/tokens_per_second']:.0f} tokens/s")
+            if bar.disable:  # no terminal
+                say(
+                    f"step {step}/{run.steps}: loss {values['loss']:.4f}, "
+                    f"{times['time/tokens_per_second']:.0f} tokens/s"
+                )
 
     for step in range(start + 1, run.steps + 1):
         with watch("data"):
@@ -124,19 +135,24 @@ def _train(
         settle()
         pending = step, scalars
 
-        last, stopping, scores = step == run.steps, _agreed(stop, step), None
+        last, stopping, scores = step == run.steps, stop_agreed(stop, step), None
         if last or _due(step, run.evaluate.every):
             settle()
             with watch("evaluation"):
-                scores = _evaluate(made, state, held_out, tokens, write, step)
-            bar.write(f"step {step}: eval/loss {scores['eval/loss']:.4f}")
+                scores, text = _evaluate(made, state, held_out, tokens, write, step)
+            with tqdm.external_write_mode():
+                say(f"step {step}/{run.steps}: eval/loss {scores['eval/loss']:.4f}")
+                if last and text:
+                    say(f"sample:\n{text}")
         if last or stopping or _due(step, run.checkpoint.every):
             settle()
             with watch("checkpoint"):
                 checkpoint.save(saved, step, state, description, scores)
         if stopping and not last:
-            say(f"stopped by {' '.join(stop) or 'another process'} after step {step}; "
-                "the same command goes on from there")
+            say(
+                f"stopped by {' '.join(stop) or 'another process'} after step {step}; "
+                "the same command goes on from there"
+            )
             break
     return state
 
@@ -148,66 +164,43 @@ def _pipelines(made, tokens, start, stack) -> tuple[Iterator, Iterable]:
     local = local_rows(made.mesh, rows)
     eos = tokens.tokenizer.eos if run.data.isolate_documents else None
     training = data.train_batches(
-        tokens.train, length=run.length, batch=run.batch, seed=run.seed,
-        rows=local, accumulate=run.accumulate, eos=eos)
+        tokens.train,
+        length=run.length,
+        batch=run.batch,
+        seed=run.seed,
+        rows=local,
+        accumulate=run.accumulate,
+        eos=eos,
+    )
     held_out = data.eval_batches(
-        tokens.eval, length=run.length, batch=rows, rows=local, eos=eos,
-        limit=run.evaluate.batches or None)
+        tokens.eval,
+        length=run.length,
+        batch=rows,
+        rows=local,
+        eos=eos,
+        limit=run.evaluate.batches or None,
+    )
     ahead = stack.enter_context(
-        data.prefetch(training, start=start, threads=run.data.threads))
+        data.prefetch(training, start=start, threads=run.data.threads)
+    )
     put = partial(put_batch, made.mesh, rows=rows, local=local)
     return map(put, ahead), held_out
 
 
-def _evaluate(made, state, held_out, tokens, write, step) -> dict[str, float]:
+def _evaluate(made, state, held_out, tokens, write, step) -> tuple[dict, str]:
     """Mean loss on the held-out documents and a sample of text, both logged."""
     params = state.params if state.ema is None else state.ema
     sums = [made.evaluate(params, batch) for batch in held_out]
-    scores = {"eval/loss": record.mean_loss(sums)}
+    scores = {"eval/loss": mean_loss(sums)[0]}
     write.scalars(step, scores)
-    if made.run.sample.tokens:
-        write.text(step, "sample", program.sample(made, params, tokens.tokenizer))
-    return scores
+    text = program.sample(made, params, tokens.tokenizer)
+    if text:
+        write.text(step, "sample", f"```text\n{text}\n```")
+    return scores, text
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that gets a signal's name when SIGTERM or SIGINT asks to stop.
-
-    The first one lets the step end and saves; a second one ends at once. In a job
-    of several processes JAX's own preemption notice takes SIGTERM on any of them.
-    """
-    asked: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    def forward(number: int, frame: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    alone = jax.process_count() == 1
-    handlers = {signal.SIGINT: note, signal.SIGTERM: note}
-    if not alone:
-        handlers = {signal.SIGINT: forward}
-    before = {number: signal.signal(number, h) for number, h in handlers.items()}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agreed(asked: list[str], step: int) -> bool:
-    """Whether to stop after this step; every process gets the same answer."""
-    if jax.process_count() == 1:
-        return bool(asked)
-    return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager

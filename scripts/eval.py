@@ -36,9 +36,13 @@ def main(arguments: list[str]) -> None:
     corpus = options.corpus or trained.run.data.corpus
     loss, targets, text_bytes = program.held_out_loss(trained, corpus, options.batches)
     result = {
-        "run": str(options.folder), "step": trained.step, "corpus": corpus,
-        "eval/loss": loss, "perplexity": math.exp(loss),
-        "bits_per_byte": loss * targets / text_bytes / math.log(2), "targets": targets,
+        "run": str(options.folder),
+        "step": trained.step,
+        "corpus": corpus,
+        "eval/loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss * targets / text_bytes / math.log(2),
+        "targets": targets,
     }
     json.dump(result, sys.stdout, indent=1)
     print()

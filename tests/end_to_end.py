@@ -27,8 +27,15 @@ EVAL_LOSS_BELOW = 1.7  # nats per byte
 
 def command(out: Path) -> list[str]:
     """The command line of a run."""
-    return [sys.executable, str(ROOT / "scripts/train.py"),
-            str(ROOT / "configs/gpt_tiny.py"), "--steps", str(STEPS), "--out", str(out)]
+    return [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        str(ROOT / "configs/gpt_tiny.py"),
+        "--steps",
+        str(STEPS),
+        "--out",
+        str(out),
+    ]
 
 
 def last_step(out: Path) -> int:
@@ -77,9 +84,11 @@ def main() -> None:
         bigram = bigram_loss(data.open_tokens(data.prepare("stdlib")))
         reached = eval_loss(cut)
         assert reached == eval_loss(whole)
-        print(f"end to end: eval/loss {reached:.4f} after {STEPS} steps with a SIGKILL "
-              f"after {KILL_AFTER}; wanted below {EVAL_LOSS_BELOW}; bigrams reach "
-              f"{bigram:.4f}; parameters identical to the undisturbed run's")
+        print(
+            f"end to end: eval/loss {reached:.4f} after {STEPS} steps with a SIGKILL "
+            f"after {KILL_AFTER}; wanted below {EVAL_LOSS_BELOW}; bigrams reach "
+            f"{bigram:.4f}; parameters identical to the undisturbed run's"
+        )
         assert reached < EVAL_LOSS_BELOW < bigram
 
 

@@ -28,10 +28,18 @@ def tiny(tmp_path: Path, **fields) -> config.Run:
     """Six steps of a model with a few thousand weights."""
     model = config.GPT(layers=1, width=16, heads=2, mlp=32, vocab=320)
     run = config.Run(
-        out=str(tmp_path / "run"), steps=6, batch=8, length=16, log_every=1,
-        model=model, optimizer=config.AdamW(lr=1e-2, warmup=2),
-        data=config.Data(corpus=str(write_corpus(tmp_path / "corpus")),
-                         cache=str(tmp_path / "cache"), eval_fraction=0.2),
+        out=str(tmp_path / "run"),
+        steps=6,
+        batch=8,
+        length=16,
+        log_every=1,
+        model=model,
+        optimizer=config.AdamW(lr=1e-2, warmup=2),
+        data=config.Data(
+            corpus=str(write_corpus(tmp_path / "corpus")),
+            cache=str(tmp_path / "cache"),
+            eval_fraction=0.2,
+        ),
         evaluate=config.Evaluate(every=3, batches=2),
         checkpoint=config.Checkpoint(every=2, keep_last=3),
         sample=config.Sample(tokens=0),
@@ -65,7 +73,11 @@ def launch(run: config.Run, *arguments: str, devices: int = 1) -> subprocess.Pop
     }
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts/train.py", path, *arguments],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

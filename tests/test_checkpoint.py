@@ -70,11 +70,12 @@ def flip_bit(path):
 
 def test_restores_what_was_saved_bit_for_bit_although_it_was_donated(tmp_path):
     next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    state = make_state(3)
-    expected = as_bytes(state)
+    state = make_state(3, width=200_000)  # 19 MB take a while to write
+    expected = as_bytes(make_state(3, width=200_000))
     with open_checkpoints(tmp_path) as manager:
         assert save(manager, 3, state, MODEL)
-        state = next_step(state)  # overwrites the buffers while they are written
+        for _ in range(5):  # overwrites the buffers meanwhile
+            state = next_step(state)
         manager.wait()
         restored, step = restore(manager, abstract(state), description=MODEL)
     assert step == 3
@@ -96,8 +97,10 @@ def test_restores_onto_another_mesh(tmp_path):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     state = {"w": make_state().params["w"]}
-    eight = jax.device_put(state, sharding((8,), ("fsdp",), "fsdp"))
-    with open_checkpoints(tmp_path) as manager:
+    fsdp = sharding((8,), ("fsdp",), "fsdp")
+    eight = jax.device_put(state, fsdp)
+    # As in the training loop, whose mesh is in force while it saves and restores.
+    with jax.set_mesh(fsdp.mesh), open_checkpoints(tmp_path) as manager:
         save(manager, 1, eight, MODEL)
         for other in (
             sharding((2, 4), ("data", "tensor"), "data", "tensor"),

@@ -28,20 +28,37 @@ def test_every_config_loads_and_survives_its_file(path, tmp_path):
 
 @given(
     lr=st.floats(allow_nan=False, allow_infinity=False),
-    seed=st.integers(0, 2**31), scaling=st.none() | st.builds(config.RopeScaling),
+    seed=st.integers(0, 2**31),
+    scaling=st.none() | st.builds(config.RopeScaling),
     kv_heads=st.none() | st.integers(1, 64),
 )
 def test_json_is_exact(lr, seed, scaling, kv_heads):
-    run = Run(seed=seed, optimizer=AdamW(lr=lr),
-              model=GPT(rope_scaling=scaling, kv_heads=kv_heads))
+    run = Run(
+        seed=seed,
+        optimizer=AdamW(lr=lr),
+        model=GPT(rope_scaling=scaling, kv_heads=kv_heads),
+    )
     assert config.from_json(json.loads(json.dumps(config.to_json(run)))) == run
 
 
 def test_command_line_edits_fields():
     path = str(ROOT / "configs/gpt_tiny.py")
     run = config.parse(
-        [path, "--steps", "60", "--out", "runs/a", "--optimizer.lr", "1e-4",
-         "--mesh.fsdp", "8", "--profile", "--model.kv-heads", "3"])
+        [
+            path,
+            "--steps",
+            "60",
+            "--out",
+            "runs/a",
+            "--optimizer.lr",
+            "1e-4",
+            "--mesh.fsdp",
+            "8",
+            "--profile",
+            "--model.kv-heads",
+            "3",
+        ]
+    )
     base = config.load(path)
     assert (run.steps, run.out, run.optimizer.lr) == (60, "runs/a", 1e-4)
     assert (run.mesh.fsdp, run.profile, run.model.kv_heads) == (8, True, 3)
@@ -90,8 +107,17 @@ def test_a_wrong_saved_config_is_named(change, words):
 
 def test_typo_on_the_command_line_exits_with_2_and_one_line():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/train.py", ROOT / "configs/gpt_tiny.py",
-         "--stps", "3"], capture_output=True, text=True, timeout=60)
+        [
+            sys.executable,
+            ROOT / "scripts/train.py",
+            ROOT / "configs/gpt_tiny.py",
+            "--stps",
+            "3",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "--steps" in done.stderr
     assert done.stdout == ""

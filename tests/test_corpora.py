@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import re
+import tempfile
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -249,3 +251,17 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert "gone.txt: No such file" in error(tmp_path)
     assert "File name too long" in error("x" * 5000)
+
+
+def test_a_folder_that_cannot_be_listed_is_named():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        write(Path(root, "a.txt"))
+        Path(root, "sealed").mkdir(mode=0)
+        try:
+            if user == 0:  # who may list anything
+                os.seteuid(65534)
+            assert f"cannot read {root}/sealed: Permission denied" in error(root)
+        finally:
+            os.seteuid(user)

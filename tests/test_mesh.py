@@ -45,9 +45,14 @@ def test_constrain_leaves_manual_axes_alone():
         return mesh.constrain(x, "batch", "mlp") * 2
 
     with jax.set_mesh(made):
-        double = jax.jit(jax.shard_map(
-            body, axis_names={"tensor"}, in_specs=P(None, "tensor"),
-            out_specs=P(None, "tensor")))
+        double = jax.jit(
+            jax.shard_map(
+                body,
+                axis_names={"tensor"},
+                in_specs=P(None, "tensor"),
+                out_specs=P(None, "tensor"),
+            )
+        )
         x = jnp.arange(64.0).reshape(8, 8)
         np.testing.assert_array_equal(double(x), 2 * x)
 
@@ -55,15 +60,21 @@ def test_constrain_leaves_manual_axes_alone():
 @pytest.mark.parametrize("scan", [False, True])
 def test_state_is_cut_as_its_weights_are(scan):
     model = config.resolve_model(
-        config.GPT(layers=2, width=32, heads=4, mlp=64, scan=scan, tied=False), 64)
+        config.GPT(layers=2, width=32, heads=4, mlp=64, scan=scan, tied=False), 64
+    )
     made, tx = mesh.make_mesh(SHAPE), config.AdamW().build(10)
     shapes = jax.eval_shape(
-        lambda: new_state(gpt.init_params(model, jax.random.key(0)), tx, True))
+        lambda: new_state(gpt.init_params(model, jax.random.key(0)), tx, True)
+    )
     names = gpt.param_names(model)
     shardings = state_shardings(shapes, names, tx, made)
     state = with_shardings(shapes, shardings)
-    for tree in (state.params, state.ema, optax.tree.get(state.opt_state, "mu"),
-                 optax.tree.get(state.opt_state, "nu")):
+    for tree in (
+        state.params,
+        state.ema,
+        optax.tree.get(state.opt_state, "mu"),
+        optax.tree.get(state.opt_state, "nu"),
+    ):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             name = jax.tree_util.keystr(path)
             cut = np.prod(x.shape) // np.prod(x.sharding.shard_shape(x.shape))
@@ -88,13 +99,24 @@ def test_half_given_distributed_settings_are_refused():
 
 @pytest.mark.parametrize(
     "environment, several",
-    [({}, False), ({"SLURM_NTASKS": "1"}, False), ({"SLURM_NTASKS": "4"}, True),
-     ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-     ({"TPU_WORKER_HOSTNAMES": "a,b"}, True), ({"JOB_COMPLETION_INDEX": "0"}, True)],
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
+    ],
 )
 def test_jobs_of_several_processes_are_noticed(monkeypatch, environment, several):
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
-                 "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"):
+    for name in (
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "TPU_WORKER_HOSTNAMES",
+        "JOB_COMPLETION_INDEX",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -17,7 +17,8 @@ from jaxlab.state import new_state
 from jaxlab.step import cross_entropy, eval_step, mean_gradient, train_step
 
 MODEL = config.resolve_model(
-    config.GPT(layers=1, width=16, heads=2, kv_heads=1, vocab=64, mlp=32), 64)
+    config.GPT(layers=1, width=16, heads=2, kv_heads=1, vocab=64, mlp=32), 64
+)
 
 
 def make_batch(seed=0, a=1, b=4, t=8, masked=0.3):
@@ -65,8 +66,8 @@ def test_masked_targets_have_no_gradient(params):
     other = jnp.where(batch.mask_abt > 0, batch.targets_abt, 0)
     ours, _ = mean_gradient(params, batch, apply=apply, z_loss=1e-2)
     theirs, _ = mean_gradient(
-        params, batch._replace(targets_abt=other), apply=apply,
-        z_loss=1e-2)
+        params, batch._replace(targets_abt=other), apply=apply, z_loss=1e-2
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -77,7 +78,9 @@ def test_accumulation_does_not_change_the_gradient(params, cut):
     ours, loss = mean_gradient(params, cuts, apply=apply, z_loss=1e-3)
     theirs, want = mean_gradient(params, whole, apply=apply, z_loss=1e-3)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6), ours, theirs)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6), ours, theirs
+    )
 
 
 def test_z_loss_adds_its_gradient_and_not_to_the_reported_loss(params):
@@ -90,7 +93,9 @@ def test_z_loss_adds_its_gradient_and_not_to_the_reported_loss(params):
 
     ours, loss = mean_gradient(params, batch, apply=apply, z_loss=0.1)
     theirs = jax.grad(objective)(params)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), ours, theirs)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), ours, theirs
+    )
     assert float(loss) < float(objective(params))
 
 
@@ -100,7 +105,9 @@ def adamw_in_numpy(params, gradients, lrs, b1, b2, eps, decay, clip):
     m = {k: np.zeros_like(v) for k, v in w.items()}
     v = {k: np.zeros_like(x) for k, x in w.items()}
     for t, (gradient, lr) in enumerate(zip(gradients, lrs, strict=True), 1):
-        norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradient.values()))
+        norm = np.sqrt(
+            sum((np.asarray(g, np.float64) ** 2).sum() for g in gradient.values())
+        )
         for k in w:
             g = np.asarray(gradient[k], np.float64) * min(1, clip / norm)
             m[k] = b1 * m[k] + (1 - b1) * g
@@ -114,8 +121,10 @@ def test_optimizer_equals_numpy_with_schedule_clip_and_mask():
     rng = np.random.default_rng(0)
     shapes = {"kernel": (5, 3), "scale": (3,)}
     w = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
-    gradients = [{k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
-                 for _ in range(12)]
+    gradients = [
+        {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        for _ in range(12)
+    ]
     rate = optim.learning_rate(0.1, 12, warmup=3)
     tx = optim.adamw(rate, weight_decay=0.2, clip=0.5)
     params, state = w, tx.init(w)
@@ -123,7 +132,8 @@ def test_optimizer_equals_numpy_with_schedule_clip_and_mask():
         updates, state = tx.update(g, state, params)
         params = optax.apply_updates(params, updates)
     want = adamw_in_numpy(
-        w, gradients, [float(rate(i)) for i in range(12)], 0.9, 0.95, 1e-8, 0.2, 0.5)
+        w, gradients, [float(rate(i)) for i in range(12)], 0.9, 0.95, 1e-8, 0.2, 0.5
+    )
     for k in w:
         np.testing.assert_allclose(params[k], want[k], rtol=1e-5, atol=1e-6)
 
@@ -133,7 +143,8 @@ def test_optimizer_equals_numpy_with_schedule_clip_and_mask():
 @settings(deadline=None, max_examples=25)
 def test_schedules_equal_their_formulas(kind, steps, warmup):
     rate = optim.learning_rate(
-        2.0, steps, schedule=kind, warmup=warmup, decay_share=0.25, end_factor=0.1)
+        2.0, steps, schedule=kind, warmup=warmup, decay_share=0.25, end_factor=0.1
+    )
     warmup = min(warmup, steps)
     rest, tail = max(steps - warmup, 1), max(int(steps * 0.25), 1)
     for step in {0, warmup // 2, warmup, (warmup + steps) // 2, steps - 1, steps}:
@@ -175,9 +186,11 @@ def test_ema_is_the_weighted_mean_of_the_weights(params):
     for i in range(3):
         state, _ = train_step(state, make_batch(i), apply=apply, tx=tx, ema=0.75)
         average = jax.tree.map(
-            lambda a, p: 0.75 * a + 0.25 * np.float64(p), average, state.params)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
-                 state.ema, average)
+            lambda a, p: 0.75 * a + 0.25 * np.float64(p), average, state.params
+        )
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.ema, average
+    )
 
 
 def poisoned(batch):
@@ -187,7 +200,8 @@ def poisoned(batch):
 def test_stop_freezes_the_state_before_the_bad_step(params):
     good, _ = run_steps(params, [make_batch(0)])
     stuck, metrics = run_steps(
-        params, [make_batch(0), poisoned(make_batch(1)), make_batch(2)])
+        params, [make_batch(0), poisoned(make_batch(1)), make_batch(2)]
+    )
     assert not np.isfinite(metrics["loss"]) or metrics["finite"]
     assert int(stuck.step) == 1 and int(stuck.skipped) > 0
     jax.tree.map(np.testing.assert_array_equal, stuck.params, good.params)
@@ -196,8 +210,10 @@ def test_stop_freezes_the_state_before_the_bad_step(params):
 
 def test_skip_passes_over_the_bad_step_alone(params):
     state, metrics = run_steps(
-        params, [make_batch(0), poisoned(make_batch(1)), make_batch(2)],
-        on_nonfinite="skip")
+        params,
+        [make_batch(0), poisoned(make_batch(1)), make_batch(2)],
+        on_nonfinite="skip",
+    )
     good, _ = run_steps(params, [make_batch(0), make_batch(2)])
     assert (int(state.step), int(state.skipped), int(metrics["skipped"])) == (3, 1, 1)
     assert bool(metrics["finite"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlab import config, program
-from jaxlab.config import Checkpoint, Distributed, MeshShape
+from jaxlab.config import Checkpoint, MeshShape
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import locked_folder
 from jaxlab.train import train
@@ -38,11 +38,26 @@ def test_a_run_leaves_what_it_promises(reference):
     run, state = reference
     out, rows = Path(run.out), metrics(run.out)
     assert int(state.step) == 6 and sorted(rows)[-1] == 6
-    assert {"config.json", "versions.json", "tokenizer.json", "metrics.jsonl",
-            "checkpoints"} <= {p.name for p in out.iterdir()}
-    wanted = {"train/loss", "train/grad_norm", "train/param_norm",
-              "train/learning_rate", "time/step", "time/tokens_per_second",
-              "time/mfu", "time/data", "time/compile", "time/checkpoint", "eval/loss"}
+    assert {
+        "config.json",
+        "versions.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "checkpoints",
+    } <= {p.name for p in out.iterdir()}
+    wanted = {
+        "train/loss",
+        "train/grad_norm",
+        "train/param_norm",
+        "train/learning_rate",
+        "time/step",
+        "time/tokens_per_second",
+        "time/mfu",
+        "time/data",
+        "time/compile",
+        "time/checkpoint",
+        "eval/loss",
+    }
     assert wanted <= rows[6].keys()
     assert rows[1]["time/compile"] > 0
     assert losses(out)[-1] < losses(out)[0]
@@ -83,8 +98,10 @@ def test_resumed_run_is_bit_equal(reference, tmp_path, first):
 
 def test_finished_run_says_so_and_can_be_prolonged(reference, tmp_path):
     run = dataclasses.replace(
-        reference[0], out=str(tmp_path / "run"),
-        optimizer=config.AdamW(schedule="constant"))
+        reference[0],
+        out=str(tmp_path / "run"),
+        optimizer=config.AdamW(schedule="constant", warmup=2),
+    )
     train(dataclasses.replace(run, steps=4), quiet)
     lines = []
     train(dataclasses.replace(run, steps=4), lines.append)
@@ -94,10 +111,16 @@ def test_finished_run_says_so_and_can_be_prolonged(reference, tmp_path):
     equal(jax.device_get(longer), jax.device_get(whole))
 
 
-@pytest.mark.parametrize("shape", [
-    MeshShape(fsdp=8), MeshShape(fsdp=4, tensor=2), MeshShape(fsdp=2, tensor=2),
-    MeshShape(replica=2, data=2, fsdp=1, tensor=2),
-], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(fsdp=8),
+        MeshShape(fsdp=4, tensor=2),
+        MeshShape(fsdp=2, tensor=2),
+        MeshShape(replica=2, data=2, fsdp=1, tensor=2),
+    ],
+    ids=str,
+)
 def test_every_mesh_gives_the_same_curve(reference, tmp_path, shape):
     run = dataclasses.replace(reference[0], out=str(tmp_path / "run"), mesh=shape)
     train(run, quiet)
@@ -106,7 +129,8 @@ def test_every_mesh_gives_the_same_curve(reference, tmp_path, shape):
 
 def test_accumulation_and_scan_give_the_same_curve(reference, tmp_path):
     run = dataclasses.replace(
-        reference[0], out=str(tmp_path / "run"), batch=16, mesh=MeshShape(fsdp=4))
+        reference[0], out=str(tmp_path / "run"), batch=16, mesh=MeshShape(fsdp=4)
+    )
     train(run, quiet)
     cut = dataclasses.replace(run, out=str(tmp_path / "cut"), accumulate=2)
     train(cut, quiet)
@@ -115,8 +139,10 @@ def test_accumulation_and_scan_give_the_same_curve(reference, tmp_path):
 
 def test_resumes_onto_another_mesh(reference, tmp_path):
     run = dataclasses.replace(
-        reference[0], out=str(tmp_path / "run"),
-        optimizer=config.AdamW(schedule="constant", lr=1e-2, warmup=2))
+        reference[0],
+        out=str(tmp_path / "run"),
+        optimizer=config.AdamW(schedule="constant", lr=1e-2, warmup=2),
+    )
     train(dataclasses.replace(run, out=str(tmp_path / "whole")), quiet)
     train(dataclasses.replace(run, steps=4, mesh=MeshShape(fsdp=8)), quiet)
     train(dataclasses.replace(run, mesh=MeshShape(fsdp=2, tensor=2)), quiet)
@@ -129,8 +155,16 @@ def launch_pair(run):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        launch(dataclasses.replace(
-            run, distributed=Distributed(address, processes=2, index=i)), devices=2)
+        launch(
+            run,
+            "--distributed.coordinator",
+            address,
+            "--distributed.processes",
+            "2",
+            "--distributed.index",
+            str(i),
+            devices=2,
+        )
         for i in range(2)
     ]
 
@@ -143,10 +177,13 @@ def test_one_device_and_two_processes_give_the_same_curve(reference, tmp_path):
     np.testing.assert_allclose(losses(alone.out), losses(reference[0].out), rtol=2e-5)
 
     pair = dataclasses.replace(
-        alone, out=str(tmp_path / "pair"), mesh=MeshShape(fsdp=2))
+        alone, out=str(tmp_path / "pair"), mesh=MeshShape(fsdp=2)
+    )
     ended = [finish(p) for p in launch_pair(pair)]
     assert [code for code, *_ in ended] == [0, 0], ended
-    assert "4 x cpu" in ended[0][1] and ended[1][1] == ""  # only one of them speaks
+    assert "4 x cpu" in ended[0][1]
+    spoken = [x for x in ended[1][1].splitlines() if "[Gloo]" not in x]
+    assert spoken == []  # process 0 speaks for all
     np.testing.assert_allclose(losses(pair.out), losses(alone.out), rtol=2e-5)
     assert len(list(Path(pair.out).glob("events.*"))) == 1
 
@@ -204,7 +241,9 @@ def test_nonfinite_loss_stops_with_the_last_good_state_saved(tmp_path):
     step = int(str(caught.value).split("step ")[1].split()[0])
     kept = program.load(run.out)
     assert kept.step == step - 1
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(kept.params)))
+    assert all(
+        np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(kept.params))
+    )
 
 
 def test_nonfinite_loss_can_be_skipped(tmp_path):
@@ -243,7 +282,8 @@ def test_another_model_is_refused_with_the_field_named(reference, tmp_path):
     run = dataclasses.replace(reference[0], out=str(tmp_path / "run"), steps=2)
     train(run, quiet)
     wider = dataclasses.replace(
-        run, steps=6, model=dataclasses.replace(run.model, mlp=64))
+        run, steps=6, model=dataclasses.replace(run.model, mlp=64)
+    )
     before = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     with pytest.raises(UserError, match="model.mlp.*64.*32"):
         train(wider, quiet)
@@ -293,6 +333,5 @@ def test_sample_is_logged(tmp_path):
 
     events = EventAccumulator(run.out)
     events.Reload()
-    tag = "sample/text_summary"
-    (event,) = events.Tensors(tag)
-    assert event.tensor_proto.string_val[0].decode().startswith("def ")
+    (event,) = events.Tensors("sample")
+    assert "def " in event.tensor_proto.string_val[0].decode()

@@ -23,9 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 def main(folder: str) -> None:
     """Draws and writes."""
-    rows = [json.loads(x) for x in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x) for x in Path(folder, "metrics.jsonl").read_text().splitlines()
+    ]
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for tag, style in (("train/loss", {"lw": 1}), ("eval/loss", {"marker": "o", "ms": 4})):
+    for tag, style in (
+        ("train/loss", {"lw": 1}),
+        ("eval/loss", {"marker": "o", "ms": 4}),
+    ):
         points = [(row["step"], row[tag]) for row in rows if tag in row]
         axes.plot(*zip(*points, strict=True), label=tag, **style)
     axes.set(xlabel="step", ylabel="nats per byte", title=Path(folder).name)
@@ -35,11 +40,15 @@ def main(folder: str) -> None:
 
     events = EventAccumulator(folder, size_guidance={"tensors": 0})
     events.Reload()
-    last = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0].decode()
+    last = events.Tensors("sample")[-1].tensor_proto.string_val[0].decode()
     readme = ROOT / "README.md"
-    block = f"<!-- sample -->\n```text\n{last.strip()}\n```\n<!-- /sample -->"
-    text = re.sub(r"<!-- sample -->.*?<!-- /sample -->", lambda _: block,
-                  readme.read_text(), flags=re.DOTALL)
+    block = f"<!-- sample -->\n{last}\n<!-- /sample -->"
+    text = re.sub(
+        r"<!-- sample -->.*?<!-- /sample -->",
+        lambda _: block,
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
     readme.write_text(text)
 
 

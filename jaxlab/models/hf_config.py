@@ -103,8 +103,9 @@ def load_config(folder: str | Path) -> config.GPT:
 def _architecture(values: dict, path: Path) -> str:
     by_type = {name.removesuffix("ForCausalLM").lower(): name for name in _DEFAULTS}
     kind, names = str(values.get("model_type")), values.get("architectures")
-    listed = isinstance(names, list) and len(names) > 0
-    name = str(names[0]) if listed else by_type.get(kind, kind)
+    if not isinstance(names, list) or not names:
+        names = [by_type.get(kind, kind)]
+    name = str(names[0])
     if name not in _DEFAULTS:
         raise UserError(
             f"{path}: architecture {name} is not supported; these are: "

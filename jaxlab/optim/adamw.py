@@ -34,8 +34,10 @@ def learning_rate(
     elif schedule == "wsd":
         tail = max(int(steps * decay_share), 1)
         body = optax.join_schedules(
-            [optax.constant_schedule(lr),
-             optax.linear_schedule(lr, lr * end_factor, tail)],
+            [
+                optax.constant_schedule(lr),
+                optax.linear_schedule(lr, lr * end_factor, tail),
+            ],
             [max(rest - tail, 0)],
         )
     else:
@@ -63,6 +65,9 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW (arXiv 1711.05101) on matrices' decay."""
     steps = [] if clip is None else [optax.clip_by_global_norm(clip)]
-    steps.append(optax.adamw(
-        learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
+    steps.append(
+        optax.adamw(
+            learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
+        )
+    )
     return optax.with_extra_args_support(optax.chain(*steps))
