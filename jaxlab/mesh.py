@@ -102,7 +102,7 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
         return
     sizes = (shape.replica, shape.data, shape.fsdp, shape.tensor)
     wanted = int(np.prod([max(size, 1) for size in sizes])) // processes
-    if wanted > jax.config.read("jax_num_cpu_devices"):
+    if wanted > jax.config.jax_num_cpu_devices:  # pyright: ignore
         jax.config.update("jax_num_cpu_devices", wanted)
 
 

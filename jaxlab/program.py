@@ -174,7 +174,7 @@ def use_compilation_cache() -> None:
 
     Leaves a cache alone that the user has configured.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         home = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -242,7 +242,7 @@ def test_tokens_come_one_by_one(monkeypatch):
 
     monkeypatch.setattr(generate, "decode", counted)
     stream = generate.generate(
-        model, params, PROMPTS, tokens=20, key=KEY, temperature=0
+        model, params, PROMPTS, tokens=20, key=KEY, temperature=0.0
     )
     for number in range(1, 20):
         token_b = next(stream)
