@@ -226,8 +226,8 @@ def _read(file: Path, name: str, text_field: str) -> Iterator[Document]:
             yield from _read_jsonl(file, name, text_field)
         else:
             with _open(file) as stream:
-                data = stream.read()
-            yield Document(name, _decode(data, file))
+                text = _decode(stream.read(), file)
+            yield Document(name, text)
 
 
 def _read_jsonl(file: Path, name: str, text_field: str) -> Iterator[Document]:

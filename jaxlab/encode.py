@@ -143,21 +143,20 @@ def _pieces(documents: Iterable[Document], split: Split) -> Iterator[_Piece]:
     for name, text in documents:
         if split.cutoff is None:
             head = min(round(len(text) * (1 - split.fraction)), len(text) - 1)
-            yield from _cut("train", text[:head])
-            yield from _cut("eval", text[head:])
+            yield from _cut("train", text, 0, head)
+            yield from _cut("eval", text, head, len(text))
         else:
             side = "eval" if name_hash(name) < split.cutoff else "train"
-            yield from _cut(side, text)
+            yield from _cut(side, text, 0, len(text))
 
 
-def _cut(split: str, text: str) -> Iterator[_Piece]:
+def _cut(split: str, text: str, start: int, stop: int) -> Iterator[_Piece]:
     """Cuts a long text after lines, where the tokens are the least disturbed."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text):
+    while start < stop:
+        end = min(start + _PIECE, stop)
+        if end < stop:
             end = text.rfind("\n", start + _PIECE // 2, end) + 1 or end
-        yield _Piece(split, text[start:end], last=end >= len(text))
+        yield _Piece(split, text[start:end], last=end == stop)
         start = end
 
 
@@ -187,6 +186,7 @@ def _progress(
         delay=2,
         leave=False,
         mininterval=0.1 if sys.stderr.isatty() else 30,
+        maxinterval=30,
     ) as bar:
         for document in documents:
             yield document

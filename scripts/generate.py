@@ -6,6 +6,7 @@ python scripts/generate.py path/to/llama --prompt "Once" --temperature 0
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,7 @@ from jaxlab.cli import parse_options, run_main
 class Generation:
     """Continues a prompt with a model from a run folder or from Hugging Face."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """run folder, or a folder with config.json, .safetensors and tokenizer.json"""
     prompt: str = ""
     """start of the text; nothing: start of a document"""

@@ -23,7 +23,7 @@ def pytest_configure(config):
     entry that cannot be read is an error, not a silent recompilation.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    if config.cache is not None:
+    if getattr(config, "cache", None) is not None:
         folder = config.cache.mkdir(f"xla-{jax.__version__}-{worker}")
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_raise_persistent_cache_errors", True)

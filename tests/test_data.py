@@ -167,7 +167,7 @@ def test_long_documents_are_encoded_in_pieces(corpus, cache, tokenizer, monkeypa
     assert sorted(texts_of(tokens, "train") + texts_of(tokens, "eval")) == sorted(
         text for _, text in documents(str(corpus))
     )
-    cuts = list(encode._cut("train", lines))
+    cuts = list(encode._cut("train", lines, 0, len(lines)))
     assert all(piece.text.endswith("\n") and len(piece.text) <= 64 for piece in cuts)
     assert [piece.last for piece in cuts] == [False] * (len(cuts) - 1) + [True]
 
