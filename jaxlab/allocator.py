@@ -19,12 +19,16 @@ TUNABLES = {
     "glibc.malloc.mmap_threshold": str(8 << 30),  # no mapping of its own per block
     "glibc.malloc.trim_threshold": str(16 << 30),  # nothing back to the kernel
     "glibc.malloc.top_pad": str(256 << 20),  # grow in pieces worth a huge page
-    "glibc.malloc.arena_max": "1",  # arenas of threads would map big blocks again
 }
 """glibc manual, "Memory Allocation Tunables"; unknown ones are ignored by glibc"""
 
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*",
-                "/dev/dxg")
+ACCELERATORS = (
+    "/dev/nvidia[0-9]*",
+    "/dev/kfd",
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+    "/dev/dxg",
+)
 
 
 def tune() -> None:

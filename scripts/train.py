@@ -5,6 +5,7 @@ python scripts/train.py runs/a/config.json          # again, or on from its chec
 python scripts/train.py configs/gpt_tiny.py --help  # every field and its default
 """
 
+from jaxlab import allocator
 from jaxlab.cli import run_main
 
 
@@ -19,4 +20,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

@@ -64,12 +64,12 @@ def test_starts_again_once_and_keeps_arguments_and_options(tmp_path):
 
 @glibc
 def test_settings_of_the_user_win(tmp_path):
-    mine = "glibc.malloc.arena_max=4:glibc.malloc.check=0"
+    mine = "glibc.malloc.top_pad=65536:glibc.malloc.check=0"
     report, starts = start(tmp_path, JAX_PLATFORMS="cpu", GLIBC_TUNABLES=mine)
     assert starts == 2
     items = dict(item.split("=") for item in report["tunables"].split(":"))
     assert items == allocator.TUNABLES | {
-        "glibc.malloc.arena_max": "4",
+        "glibc.malloc.top_pad": "65536",
         "glibc.malloc.check": "0",
     }
 

@@ -390,7 +390,7 @@ def test_two_processes_decide_alike(tmp_path):
         port = free.getsockname()[1]
     processes = [run_python(TWO_PROCESSES, port, rank, tmp_path) for rank in (0, 1)]
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -262,22 +262,20 @@ def test_weights_go_straight_to_their_devices(tmp_path, scan):
     equal(hf.load_params(tmp_path / "again", model)[1], params)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_loading_needs_little_more_than_the_model(tmp_path, scan):
-    wide = {"layers": 8, "width": 64, "mlp": 256, "scan": scan}
+def test_loading_needs_little_more_than_the_model(tmp_path):
+    wide = {"layers": 4, "width": 256, "mlp": 1024}
     model, params = make(dataclasses.replace(SMALL, **wide))
     hf.save(tmp_path / "out", model, params)
-    hf.load_params(tmp_path / "out", model)  # what Python keeps of a first call
-    tracemalloc.start()
+    tracemalloc.start()  # sees NumPy's memory
     try:
-        again = hf.load_params(tmp_path / "out", model)
+        _, again = hf.load_params(tmp_path / "out")
         final, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    weights = [x.nbytes for x in jax.tree.leaves(again[1])]
-    # The kernel is read as it is in the file, turned, and copied to the device.
-    assert final > sum(weights) and peak - final < 3 * max(weights) + 200_000
-    assert max(weights) * (3 if not scan else 1) + 200_000 < sum(weights)
+    weights = [x.nbytes for x in jax.tree.leaves(again)]
+    # A kernel is read as it lies in the file and turned; and JAX traces the model.
+    bound = 3 * max(weights) + 3_000_000
+    assert peak - final < bound < sum(weights) / 2
 
 
 def test_the_tokenizer_travels_with_the_model(tmp_path):

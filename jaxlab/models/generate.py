@@ -42,7 +42,7 @@ def sample_token(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Int[Array, "b"]:
+) -> Int[Array, " b"]:
     """Draws a token for each row.
 
     Temperature first, then top-k, then top-p among what is left. The three are
@@ -126,15 +126,15 @@ def decode(
     model: config.GPT,
     params: Any,
     cache: gpt.Cache,
-    token_b: Int[Array, "b"],
-    position_b: Int[Array, "b"],
+    token_b: Int[Array, " b"],
+    position_b: Int[Array, " b"],
     key: Array,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     vocab: int | None = None,
-) -> tuple[Int[Array, "b"], Int[Array, "b"], gpt.Cache]:
+) -> tuple[Int[Array, " b"], Int[Array, " b"], gpt.Cache]:
     """Feeds each row its token and draws the one after it.
 
     Args:

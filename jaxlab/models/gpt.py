@@ -56,14 +56,29 @@ def rope_frequencies(model: config.GPT) -> np.ndarray:
     return mixed.astype(np.float32)
 
 
+def rotation(
+    angle_bte: Float[Array, "b t half"],
+) -> tuple[Float[Array, "b t half"], Float[Array, "b t half"]]:
+    """Cosines and sines of the rotary angles.
+
+    Behind a barrier, or XLA would compute them again for every element of every
+    layer that they turn.
+    """
+    return jax.lax.optimization_barrier((jnp.cos(angle_bte), jnp.sin(angle_bte)))
+
+
 def rotate(
-    x_bthe: Float[Array, "b t h e"], angle_bte: Float[Array, "#b t half"]
+    x_bthe: Float[Array, "b t h e"],
+    turn_bte: tuple[Float[Array, "#b t half"], Float[Array, "#b t half"]],
 ) -> Float[Array, "b t h e"]:
     """Turns each pair (i, i + e/2) of a head by its angle; computed in float32."""
-    cos, sin = jnp.cos(angle_bte)[:, :, None], jnp.sin(angle_bte)[:, :, None]
-    first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x_bthe.dtype)
+    cos, sin = (x[:, :, None, None] for x in turn_bte)
+    # Halves of a head as an axis of two: a flip costs nothing where a concatenation
+    # is a branch per element.
+    halves = x_bthe.astype(jnp.float32).reshape(*x_bthe.shape[:-1], 2, -1)
+    sin = jnp.concatenate([-sin, sin], axis=-2)
+    turned = halves * cos + jnp.flip(halves, -2) * sin
+    return turned.reshape(x_bthe.shape).astype(x_bthe.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -90,9 +105,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
+        init = nn.initializers.variance_scaling(
+            self.scale, "fan_in", "truncated_normal"
+        )
         kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.names),
+            "kernel",
+            nn.with_logical_partitioning(init, self.names),
             (x.shape[-1], self.features),
         )
         return kernels.matmul(x, kernel.astype(x.dtype))
@@ -104,7 +122,7 @@ class Attention(nn.Module):
     model: config.GPT
 
     @nn.compact
-    def __call__(self, x_btd, angle_bte, mask_bts, positions_bt, cache):
+    def __call__(self, x_btd, turn_bte, mask_bts, positions_bt, cache):
         c = self.model
         b, t, _ = x_btd.shape
 
@@ -120,12 +138,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_bthe = RMSNorm(c.norm_eps, name="q_norm")(q_bthe)
             k_btke = RMSNorm(c.norm_eps, name="k_norm")(k_btke)
-        q_bthe, k_btke = rotate(q_bthe, angle_bte), rotate(k_btke, angle_bte)
+        q_bthe, k_btke = rotate(q_bthe, turn_bte), rotate(k_btke, turn_bte)
         if cache is not None:
             write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
             start_b = positions_bt[:, 0]
-            cache = Cache(write(cache[0], k_btke, start_b),
-                          write(cache[1], v_btke, start_b))
+            cache = Cache(
+                write(cache[0], k_btke, start_b), write(cache[1], v_btke, start_b)
+            )
             k_btke, v_btke = cache
         out_bthe = kernels.attention(q_bthe, k_btke, v_btke, mask_bts)
         out = Linear(c.width, ("heads", "embed"), 1 / (2 * c.layers), name="out")
@@ -156,11 +175,14 @@ class Block(nn.Module):
     model: config.GPT
 
     @nn.compact
-    def __call__(self, x_btd, cache, angle_bte, mask_bts, positions_bt):
+    def __call__(self, x_btd, cache, turn_bte, mask_bts, positions_bt):
         eps = self.model.norm_eps
         y_btd, cache = Attention(self.model, name="attention")(
             RMSNorm(eps, name="attention_norm")(x_btd),
-            angle_bte, mask_bts, positions_bt, cache,
+            turn_bte,
+            mask_bts,
+            positions_bt,
+            cache,
         )
         x_btd = constrain(x_btd + y_btd, "batch", None, None)
         y_btd = MLP(self.model, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_btd))
@@ -199,7 +221,8 @@ class GPT(nn.Module):
         dtype = jnp.dtype(c.dtype)
         init = nn.initializers.normal(0.02)
         table_vd = self.param(
-            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")),
+            "embedding",
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
             (c.vocab, c.width),
         ).astype(dtype)
         # Whole in width before the look-up: the partitioner would otherwise copy the
@@ -209,22 +232,24 @@ class GPT(nn.Module):
 
         mask_bts = None
         if cache is not None or segments_bt is not None:
-            now_bt = (jnp.arange(t)[None] if positions_bt is None else positions_bt)
+            now_bt = jnp.arange(t)[None] if positions_bt is None else positions_bt
             slots = t if cache is None else cache.k_lbske.shape[2]
             mask_bts = kernels.causal_mask(now_bt, jnp.arange(slots)[None], segments_bt)
         if positions_bt is None:
             positions_bt = jnp.arange(t)[None]
         angle_bte = positions_bt[:, :, None] * rope_frequencies(c)[None, None]
+        turn_bte = rotation(angle_bte)
         positions_bt = jnp.broadcast_to(positions_bt, (b, t))
 
-        x_btd, cache = self._blocks(x_btd, cache, angle_bte, mask_bts, positions_bt)
+        x_btd, cache = self._blocks(x_btd, cache, turn_bte, mask_bts, positions_bt)
         x_btd = RMSNorm(c.norm_eps, name="norm")(x_btd)
         if c.tied:
             kernel_dv = table_vd.T
         else:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
             kernel_dv = self.param(
-                "output", nn.with_logical_partitioning(init, ("embed", "vocab")),
+                "output",
+                nn.with_logical_partitioning(init, ("embed", "vocab")),
                 (c.width, c.vocab),
             ).astype(dtype)
         logits_btv = kernels.matmul(x_btd, kernel_dv).astype(jnp.float32)
@@ -237,13 +262,16 @@ class GPT(nn.Module):
         if c.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             block = nn.remat(
-                Block, prevent_cse=not c.scan,
+                Block,
+                prevent_cse=not c.scan,
                 policy=dots if c.remat == "dots" else None,
             )
         if c.scan:
             layers = nn.scan(
-                block, length=c.layers,
-                variable_axes={"params": 0}, split_rngs={"params": True},
+                block,
+                length=c.layers,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 metadata_params={nn.PARTITION_NAME: None},
             )

@@ -113,8 +113,11 @@ def load_params(
             _check_tensors(folder, tensors, names, wanted[::-1] if flip else wanted)
             read = partial(_read, tensors, names, stacked, flip)
             if sharding is None:
-                return jnp.asarray(read((slice(None),) * len(shape.shape)))
-            return jax.make_array_from_callback(shape.shape, sharding, read)
+                array = jax.device_put(read((slice(None),) * len(shape.shape)))
+            else:
+                array = jax.make_array_from_callback(shape.shape, sharding, read)
+            # The host's copy lives until the device has its own.
+            return array.block_until_ready()
 
         rest = () if shardings is None else (shardings,)
         return model, jax.tree.map_with_path(load, shapes, *rest)

@@ -6,10 +6,9 @@ element-wise loops that cost more than the products. So there both have
 derivatives written out as products whose operands lie as they are. `plain=True`
 turns that off (it is the reference in the tests).
 
-Dims: b rows, t query time, s key time, h query heads, k key heads, e head width.
+Dims: b rows, t query time, s key time, h query heads, k key heads, g query heads that
+share a key head, m = g x t, e head width.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,62 +89,74 @@ def attention(
             and mask_bts is None
         )
         return jax.nn.dot_product_attention(
-            q_bthe, k_bske, v_bske,
+            q_bthe,
+            k_bske,
+            v_bske,
             mask=None if mask_bts is None else mask_bts[:, None],
             is_causal=mask_bts is None,
             implementation="cudnn" if cudnn else "xla",
         )
     b, t, h, e = q_bthe.shape
-    _, s, k, _ = k_bske.shape
-    group = h // k
+    s, k = k_bske.shape[1:3]
     if mask_bts is None:
         mask_bts = jnp.tril(jnp.ones((1, t, s), bool))
-    # Heads become rows of a batch, and the queries that share a key head its rows.
-    q = q_bthe.reshape(b, t, k, group, e).transpose(0, 2, 3, 1, 4)
-    out = _attention(
-        q.reshape(b * k, group * t, e) * e**-0.5,
-        k_bske.transpose(0, 2, 1, 3).reshape(b * k, s, e),
-        v_bske.transpose(0, 2, 1, 3).reshape(b * k, s, e),
-        mask_bts, (k, group),
+    # Batch and key heads stay two dimensions: merged, the partitioner could not keep
+    # both cut. The queries that share a key head are rows of one matrix.
+    q_bkgte = q_bthe.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4)
+    out_bkme = _attention(
+        q_bkgte.reshape(b, k, -1, e) * e**-0.5,
+        k_bske.transpose(0, 2, 1, 3),
+        v_bske.transpose(0, 2, 1, 3),
+        mask_bts,
     )
-    out = out.reshape(b, k, group, t, e).transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, t, h, e)
+    out_bkgte = out_bkme.reshape(q_bkgte.shape)
+    return out_bkgte.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
-def _weights(q, k, mask_bts, heads):
-    logits = lax.dot_general(
-        q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
-    )
-    shape = (-1, heads[0], heads[1], *mask_bts.shape[1:])
-    logits = jnp.where(mask_bts[:, None, None], logits.reshape(shape), MASKED)
-    return jax.nn.softmax(logits, axis=-1).reshape(*q.shape[:2], k.shape[1])
+@jax.custom_vjp
+def _attention(q_bkme, k_bkse, v_bkse, mask_bts):
+    return _attention_forward(q_bkme, k_bkse, v_bkse, mask_bts)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, mask_bts, heads):
-    return _attention_forward(q, k, v, mask_bts, heads)[0]
+def _attention_forward(q_bkme, k_bkse, v_bkse, mask_bts):
+    b, k, m, _ = q_bkme.shape
+    t, s = mask_bts.shape[1:]
+    logits_bkms = _product(q_bkme, k_bkse, 3, 3, preferred_element_type=jnp.float32)
+    logits_bkgts = logits_bkms.reshape(b, k, m // t, t, s)
+    logits_bkgts = jnp.where(mask_bts[:, None, None], logits_bkgts, MASKED)
+    weights_bkms = jax.nn.softmax(logits_bkgts).reshape(b, k, m, s)
+    weights_bkms = weights_bkms.astype(v_bkse.dtype)
+    out_bkme = _product(weights_bkms, v_bkse, 3, 2)
+    return out_bkme, (q_bkme, k_bkse, v_bkse, weights_bkms, out_bkme)
 
 
-def _attention_forward(q, k, v, mask_bts, heads):
-    weights = _weights(q, k, mask_bts, heads).astype(v.dtype)
-    out = lax.dot_general(weights, v, (((2,), (1,)), ((0,), (0,))))
-    return out, (q, k, v, weights, out)
-
-
-def _attention_backward(heads, saved, dout):
-    q, k, v, weights, out = saved
-    dout = lax.optimization_barrier(dout)
-    dv = lax.dot_general(weights, dout, (((1,), (1,)), ((0,), (0,))))
-    dweights = lax.dot_general(
-        dout, v, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
+def _attention_backward(saved, dout_bkme):
+    q_bkme, k_bkse, v_bkse, weights_bkms, out_bkme = saved
+    dout_bkme = lax.optimization_barrier(dout_bkme)
+    dv_bkse = _transposed_product(weights_bkms, dout_bkme)
+    dweights_bkms = _product(
+        dout_bkme, v_bkse, 3, 3, preferred_element_type=jnp.float32
     )
     # sum_s dweights * weights, by way of the output
-    dot = jnp.sum(dout.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    dlogits = (weights * (dweights - dot)).astype(q.dtype)
-    dlogits = lax.optimization_barrier(dlogits)
-    dq = lax.dot_general(dlogits, k, (((2,), (1,)), ((0,), (0,))))
-    dk = lax.dot_general(dlogits, q, (((1,), (1,)), ((0,), (0,))))
-    return dq, dk, dv, None
+    dot_bkm1 = jnp.sum(dout_bkme.astype(jnp.float32) * out_bkme, axis=-1, keepdims=True)
+    dlogits_bkms = (weights_bkms * (dweights_bkms - dot_bkm1)).astype(q_bkme.dtype)
+    dlogits_bkms = lax.optimization_barrier(dlogits_bkms)
+    dq_bkme = _product(dlogits_bkms, k_bkse, 3, 2)
+    dk_bkse = _transposed_product(dlogits_bkms, q_bkme)
+    return dq_bkme, dk_bkse, dv_bkse, None
+
+
+def _product(a, b, a_dim, b_dim, **options):
+    """Matrix products of two batches [b, k, ...], contracting one dimension each."""
+    dims = (((a_dim,), (b_dim,)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dims, **options)
+
+
+def _transposed_product(a_bkms, b_bkme):
+    """a^T b as (b^T a)^T: it is the small matrix that is turned."""
+    turned_bkem = lax.optimization_barrier(b_bkme.swapaxes(2, 3))
+    out_bkes = lax.optimization_barrier(_product(turned_bkem, a_bkms, 3, 2))
+    return out_bkes.swapaxes(2, 3)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
