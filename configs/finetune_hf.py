@@ -1,15 +1,15 @@
 """Fine-tunes a Hugging Face checkpoint (Llama, Mistral, Qwen3) on your own text.
 
-    python scripts/train.py configs/finetune_hf.py --init.path DIR --data.corpus "notes/*.md"
+    python scripts/train.py configs/finetune_hf.py --init.path DIR --data.corpus TEXT
 
-DIR has config.json, .safetensors and tokenizer.json; the model and its tokenizer
-are the checkpoint's. The loss of step 1 is the checkpoint's own on the text, and is
-below 4 for a pretrained model; much more means weights and tokenizer that do not
-belong together. Training state takes 16 bytes a parameter: a model of 1 B fits a
-device of 24 GB with --model.remat block; --mesh.fsdp 8 spreads a larger one.
-A model of 135 M (batch 8 of 512 tokens) takes about a minute a step on 2 CPU cores,
-less than a second on an accelerator. `jaxlab.models.hf.save` writes the result back:
-see docs/huggingface.md.
+DIR has config.json, .safetensors and tokenizer.json; model and tokenizer are the
+checkpoint's. TEXT is a folder, a glob, a .txt, .jsonl or .parquet file. The first
+loss is the checkpoint's own on that text: 1 to 4 for a pretrained model; ten or so
+means weights and tokenizer that do not belong together. Training needs 16 bytes a
+parameter and the activations; --mesh.fsdp 8 spreads them over 8 devices. A model of
+135 M takes STEP_SECONDS a step of 8 x 512 tokens on 2 CPU cores (there with
+--model.dtype float32). docs/huggingface.md shows how to save the result for
+transformers.
 """
 
 from jaxlab.config import GPT, AdamW, Checkpoint, Data, Evaluate, Run, Sample

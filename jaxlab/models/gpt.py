@@ -89,7 +89,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale = self.param("scale", ones, (x.shape[-1],))
+        scale: Any = self.param("scale", ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
@@ -108,7 +108,7 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(
             self.scale, "fan_in", "truncated_normal"
         )
-        kernel = self.param(
+        kernel: Any = self.param(
             "kernel",
             nn.with_logical_partitioning(init, self.names),
             (x.shape[-1], self.features),
@@ -159,6 +159,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_btd):
         c = self.model
+        assert c.mlp, "resolve the config first"
         hidden = partial(Linear, c.mlp, ("embed", "mlp"))
         if c.activation == "swiglu":
             h_btf = nn.silu(hidden(name="gate")(x_btd)) * hidden(name="up")(x_btd)
@@ -220,14 +221,14 @@ class GPT(nn.Module):
         b, t = tokens_bt.shape
         dtype = jnp.dtype(c.dtype)
         init = nn.initializers.normal(0.02)
-        table_vd = self.param(
+        table_vd: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(init, ("vocab", "embed")),
             (c.vocab, c.width),
-        ).astype(dtype)
+        )
         # Whole in width before the look-up: the partitioner would otherwise copy the
         # activations to every device to turn the cut in width into one in rows.
-        table_vd = constrain(table_vd, "vocab", None)
+        table_vd = constrain(table_vd.astype(dtype), "vocab", None)
         x_btd = constrain(jnp.take(table_vd, tokens_bt, axis=0), "batch", None, None)
 
         mask_bts = None
@@ -244,15 +245,16 @@ class GPT(nn.Module):
         x_btd, cache = self._blocks(x_btd, cache, turn_bte, mask_bts, positions_bt)
         x_btd = RMSNorm(c.norm_eps, name="norm")(x_btd)
         if c.tied:
-            kernel_dv = table_vd.T
+            kernel_dv: Any = table_vd.T
         else:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
             kernel_dv = self.param(
                 "output",
                 nn.with_logical_partitioning(init, ("embed", "vocab")),
                 (c.width, c.vocab),
-            ).astype(dtype)
-        logits_btv = kernels.matmul(x_btd, kernel_dv).astype(jnp.float32)
+            )
+        logits_btv = kernels.matmul(x_btd, kernel_dv.astype(dtype))
+        logits_btv = logits_btv.astype(jnp.float32)
         logits_btv = constrain(logits_btv, "batch", None, "vocab")
         return logits_btv if cache is None else (logits_btv, cache)
 
@@ -267,12 +269,13 @@ class GPT(nn.Module):
                 policy=dots if c.remat == "dots" else None,
             )
         if c.scan:
+            in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
             layers = nn.scan(
                 block,
                 length=c.layers,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=in_axes,
                 metadata_params={nn.PARTITION_NAME: None},
             )
             return layers(c, name="layers")(x_btd, cache, *shared)
