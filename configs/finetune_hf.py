@@ -6,9 +6,8 @@ DIR has config.json, .safetensors and tokenizer.json; model and tokenizer are th
 checkpoint's. TEXT is a folder, a glob, a .txt, .jsonl or .parquet file. The first
 loss is the checkpoint's own on that text: 1 to 4 for a pretrained model; ten or so
 means weights and tokenizer that do not belong together. Training needs 16 bytes a
-parameter and the activations; --mesh.fsdp 8 spreads them over 8 devices. A model of
-135 M takes STEP_SECONDS a step of 8 x 512 tokens on 2 CPU cores (there with
---model.dtype float32). docs/huggingface.md shows how to save the result for
+parameter and the activations; --mesh.fsdp 8 spreads them over 8 devices. On a CPU
+add --model.dtype float32. docs/huggingface.md shows how to save the result for
 transformers.
 """
 

@@ -124,11 +124,9 @@ def build(run: config.Run, vocab: int) -> Program:
 
 
 def description(program: Program, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside the numbers."""
-    return {
-        "model": config.to_json(program.run.model),
-        "tokenizer": tokenizer_fingerprint,
-    }
+    """What a checkpoint says of itself; restored under no other model or tokenizer."""
+    model = config.to_json(program.run.model)
+    return {"model": model | {"tokenizer": tokenizer_fingerprint[:16]}}
 
 
 class Trained(NamedTuple):

@@ -278,7 +278,9 @@ def test_sequence_longer_than_the_corpus_is_refused(tmp_path):
         train(tiny(tmp_path, length=1_000_000), quiet)
 
 
-def test_another_model_is_refused_with_the_field_named(reference, tmp_path):
+def test_another_model_or_tokenizer_is_refused_with_the_field_named(
+    reference, tmp_path
+):
     run = dataclasses.replace(reference[0], out=str(tmp_path / "run"), steps=2)
     train(run, quiet)
     wider = dataclasses.replace(
@@ -287,6 +289,9 @@ def test_another_model_is_refused_with_the_field_named(reference, tmp_path):
     before = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     with pytest.raises(UserError, match="model.mlp.*64.*32"):
         train(wider, quiet)
+    words = dataclasses.replace(run.data, tokenizer="bpe:300")
+    with pytest.raises(UserError, match="model.tokenizer"):
+        train(dataclasses.replace(run, steps=6, data=words), quiet)
     assert before == sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
 
 
