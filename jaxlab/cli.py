@@ -76,11 +76,12 @@ def _one_line(box: str) -> str:
     """Tyro's framed message in one line: its first section, and the best hint."""
     sections: list[list[str]] = [[]]
     for row in box.splitlines()[1:-1]:
-        row = row.strip(" │")
-        if set(row) <= {"─"}:
+        row = row.strip(" │|")  # the frame is ASCII where the locale is
+        if set(row) <= {"─", "-"}:
             sections.append([])
         else:
             sections[-1].append(row)
+    sections = [section for section in sections if section]
     text = " ".join(sections[0])
     hint = next((s for s in sections[1:] if s[0].startswith("Perhaps")), None)
     return text + (f"; perhaps you meant {hint[1].split()[0]}" if hint else "")

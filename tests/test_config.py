@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_a_wrong_saved_config_is_named(change, words):
     assert all(word in str(caught.value) for word in words)
 
 
-def test_typo_on_the_command_line_exits_with_2_and_one_line():
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_typo_on_the_command_line_exits_with_2_and_one_line(encoding):
     done = subprocess.run(
         [
             sys.executable,
@@ -117,9 +119,11 @@ def test_typo_on_the_command_line_exits_with_2_and_one_line():
         capture_output=True,
         text=True,
         timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
     )
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "--steps" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("--stps, 3; perhaps you meant --steps\n")
     assert done.stdout == ""
 
 
