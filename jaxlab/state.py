@@ -27,9 +27,10 @@ class TrainState(NamedTuple):
 
 def new_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
     """State before the first step."""
-    zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(zero, params, tx.init(params), average, zero)
+    # Two zeros: one buffer cannot be donated twice.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, params, tx.init(params), average, skipped)
 
 
 def state_shardings(

@@ -179,6 +179,13 @@ def test_jit_equals_eager(params):
     jax.tree.map(close, (ours, metrics), (theirs, eager))
 
 
+def test_a_state_made_eagerly_can_be_donated(params):
+    tx = optim.adamw(1e-2)
+    state = new_state(jax.tree.map(jnp.copy, params), tx, True)
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert state.step.is_deleted() and state.skipped.is_deleted()
+
+
 def test_ema_is_the_weighted_mean_of_the_weights(params):
     tx = optim.adamw(1e-2)
     state = new_state(params, tx, True)
