@@ -182,6 +182,18 @@ def steps(manager: Checkpoints) -> list[int]:
     return sorted(set(manager.orbax.all_steps()) - manager.damaged)
 
 
+def newest_description(manager: Checkpoints) -> dict[str, Any]:
+    """What the newest readable checkpoint says of itself; {} if there is none."""
+
+    def read() -> dict[str, Any]:
+        for step in reversed(steps(manager)):
+            with contextlib.suppress(OSError, ValueError):
+                return _read_description(manager.root / str(step))["description"]
+        return {}
+
+    return _from_process_0(read)
+
+
 def save(
     manager: Checkpoints,
     step: int,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlab.errors import ConfigError
+from jaxlab.optimizers import AdamW, NoLoCo
 
 
 @dataclass(frozen=True)
@@ -92,58 +93,6 @@ class Data:
     """folder of token files; None: $JAXLAB_CACHE or ~/.cache/jaxlab"""
     threads: int = 2
     """threads that read ahead of the training step"""
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay, clipping and a learning-rate schedule."""
-
-    lr: float = 1e-3
-    """peak learning rate"""
-    b1: float = 0.9
-    """decay of the first moment"""
-    b2: float = 0.95
-    """decay of the second moment"""
-    eps: float = 1e-8
-    """epsilon of Adam"""
-    weight_decay: float = 0.1
-    """decoupled weight decay, on matrices only (not on norms)"""
-    clip: float | None = 1.0
-    """global norm that gradients are clipped to"""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """after warm-up: cosine, warm-up-stable-decay (linear tail), or constant"""
-    warmup: int = 50
-    """steps of linear warm-up"""
-    decay_share: float = 0.2
-    """share of the steps in the decay of wsd"""
-    end_factor: float = 0.1
-    """final learning rate as a share of the peak"""
-
-    def learning_rate(self, steps: int) -> Any:
-        """The optax schedule of a run of so many steps."""
-        from jaxlab import optim
-
-        return optim.learning_rate(
-            self.lr,
-            steps,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            decay_share=self.decay_share,
-            end_factor=self.end_factor,
-        )
-
-    def build(self, steps: int) -> Any:
-        """The optax transformation of a run of so many steps."""
-        from jaxlab import optim
-
-        return optim.adamw(
-            self.learning_rate(steps),
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +196,7 @@ class Run:
     model: GPT = field(default_factory=GPT)
     init: Init = field(default_factory=Init)
     data: Data = field(default_factory=Data)
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: AdamW | NoLoCo = field(default_factory=AdamW)
     mesh: MeshShape = field(default_factory=MeshShape)
     distributed: Distributed = field(default_factory=Distributed)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlab import config, data
+from jaxlab import config, data, optim, replicas
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.mesh import make_mesh
 from jaxlab.models import gpt
@@ -39,6 +39,12 @@ class Program(NamedTuple):
     """jitted `train_step`; the state is donated"""
     evaluate: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
     """jitted `eval_step`"""
+    weights: Callable[[TrainState], Any]
+    """the model to evaluate: weights or their moving average, mean over replicas"""
+    outer: dict[str, Any] | None
+    """arguments of `optim.outer_step`; None: all devices train one model"""
+    evaluate_each: Callable[[Any, Any], Any] | None
+    """jitted: sums of `eval_step` of each replica"""
 
 
 def adopt_init(run: config.Run) -> config.Run:
@@ -80,23 +86,35 @@ def open_tokens(text: config.Data, corpus: str) -> data.Tokens:
     )
 
 
-def build(run: config.Run, vocab: int) -> Program:
+def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Program:
     """Resolves a run against the devices and makes its functions; compiles nothing.
 
     Args:
         run: the config as written.
         vocab: size of the tokenizer.
+        replicas_saved: to read a state of so many replicas; None: those of the mesh.
 
     Raises:
-        ConfigError: see `config.resolve_model` and `resolve_mesh`.
+        ConfigError: see `config.resolve_model` and `resolve_mesh`, or replicas that
+            cannot hold together.
     """
     mesh = make_mesh(run.mesh)
     model = config.resolve_model(run.model, vocab)
     run = dataclasses.replace(run, model=model)
 
-    tx = run.optimizer.build(run.steps)
+    tx, outer = run.optimizer.build(run.steps), None
+    if isinstance(run.optimizer, config.NoLoCo):
+        count = replicas_saved or mesh.shape[replicas.AXIS]
+        outer = run.optimizer.outer(count, run.seed)
+        apart: dict[str, Any] = outer | {"inner_steps": None}
+        try:
+            tx = optim.noloco(tx, **apart)
+        except ValueError as error:
+            raise ConfigError(f"optimizer: {error}") from error
     apply = gpt.GPT(model).apply
-    make = partial(new_state, tx=tx, ema=run.ema is not None)
+
+    def make(params: Any) -> TrainState:
+        return new_state(params, tx, run.ema is not None)
 
     def fresh() -> TrainState:
         return make(gpt.init_params(model, jax.random.key(run.seed)))
@@ -112,21 +130,99 @@ def build(run: config.Run, vocab: int) -> Program:
         ema=run.ema,
         on_nonfinite=run.on_nonfinite,
     )
+    evaluate = partial(eval_step, apply=apply)
+
+    def weights(state: TrainState) -> Any:
+        return state.params if state.ema is None else state.ema
+
+    if outer is None:
+        return Program(
+            run,
+            mesh,
+            with_shardings(shapes, shardings),
+            init=jax.jit(fresh, out_shardings=shardings),
+            from_params=jax.jit(make, out_shardings=shardings),
+            step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            evaluate=jax.jit(evaluate),
+            weights=weights,
+            outer=None,
+            evaluate_each=None,
+        )
+
+    count = outer["axis_size"]
+    mean = jax.jit(optim.mean_params, out_shardings=shardings.params)
+    shapes = jax.eval_shape(partial(optim.replicate, axis_size=count), shapes)
+    shardings = replicas.lead(shardings, mesh, count)
+    step = partial(step, exchange=partial(optim.outer_step, **outer))
     return Program(
         run,
         mesh,
         with_shardings(shapes, shardings),
-        init=jax.jit(fresh, out_shardings=shardings),
-        from_params=jax.jit(make, out_shardings=shardings),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        evaluate=jax.jit(partial(eval_step, apply=apply)),
+        init=jax.jit(lambda: optim.replicate(fresh(), count), out_shardings=shardings),
+        from_params=jax.jit(
+            lambda params: optim.replicate(make(params), count),
+            out_shardings=shardings,
+        ),
+        step=jax.jit(
+            replicas.spread_step(step, shapes, mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        ),
+        evaluate=jax.jit(evaluate),
+        weights=lambda state: mean(weights(state)),
+        outer=outer,
+        evaluate_each=jax.jit(replicas.spread_evaluation(evaluate, mesh)),
     )
 
 
 def description(program: Program, tokenizer_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint says of itself; restored under no other model or tokenizer."""
     model = config.to_json(program.run.model)
-    return {"model": model | {"tokenizer": tokenizer_fingerprint[:16]}}
+    count = program.outer["axis_size"] if program.outer else None
+    return {
+        "model": model | {"tokenizer": tokenizer_fingerprint[:16]},
+        "replicas": count,
+    }
+
+
+def restore(
+    saved: Any,
+    program: Program,
+    tokenizer: Any,
+    log: Callable[[str], Any] = print,
+) -> tuple[TrainState, int] | None:
+    """The newest sound checkpoint, on this program's number of replicas.
+
+    Args:
+        saved: of `checkpoint.open_checkpoints`.
+        program: the run.
+        tokenizer: its tokenizer.
+        log: takes lines about damaged checkpoints and resizing.
+
+    Raises:
+        UserError: see `checkpoint.restore`.
+    """
+    from jaxlab import checkpoint
+
+    ours = description(program, tokenizer.fingerprint)
+    there = checkpoint.newest_description(saved).get("replicas")
+    here = ours["replicas"]
+    if there is None or here is None or there == here:
+        return checkpoint.restore(saved, program.abstract, description=ours, log=log)
+    other = build(program.run, tokenizer.vocab_size, replicas_saved=there)
+    found = checkpoint.restore(saved, other.abstract, description=ours, log=log)
+    if found is None:
+        return None
+    log(
+        f"the checkpoint has {there} replicas and this run {here}: "
+        + ("the first ones go on" if here < there else "the first ones are copied")
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract)
+    resize = jax.jit(
+        partial(optim.resize, axis_size=here),
+        out_shardings=shardings,
+    )
+    return resize(found[0]), found[1]
 
 
 class Trained(NamedTuple):
@@ -142,6 +238,8 @@ class Trained(NamedTuple):
 def load(folder: str | Path) -> Trained:
     """Reads the newest good checkpoint of a run folder, whole on every device.
 
+    Of replicas that have drifted apart it takes the mean.
+
     Raises:
         UserError: no run or no checkpoint there, or none that is whole.
     """
@@ -153,17 +251,14 @@ def load(folder: str | Path) -> Trained:
     run = config.load(folder / "config.json")
     tokenizer = tokens.load_tokenizer(folder / "tokenizer.json")
     whole = dataclasses.replace(run, mesh=config.MeshShape(data=-1))
-    program = build(whole, tokenizer.vocab_size)
     with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as saved:
-        found = checkpoint.restore(
-            saved,
-            program.abstract,
-            description=description(program, tokenizer.fingerprint),
-        )
+        count = checkpoint.newest_description(saved).get("replicas")
+        program = build(whole, tokenizer.vocab_size, replicas_saved=count)
+        found = restore(saved, program, tokenizer)
     if found is None:
         raise UserError(f"{folder} has no checkpoint yet")
     state, step = found
-    params = state.params if state.ema is None else state.ema
+    params = program.weights(state)
     return Trained(run, program.run.model, params, tokenizer, step)
 
 

@@ -24,7 +24,8 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
     """Lines printed before the first step: devices, mesh, model, data, state."""
     run, device = made.run, jax.devices()[0]
     axes = " x ".join(f"{k} {v}" for k, v in made.mesh.shape.items() if v > 1)
-    numbers = parameter_count(made.abstract.params)
+    count = made.outer["axis_size"] if made.outer else 1
+    numbers = parameter_count(made.abstract.params) // count
     per_step = run.batch * run.length
     epochs = run.steps * per_step / max(len(tokens.train), 1)
     yield (
@@ -33,6 +34,9 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
     )
     yield f"mesh      {axes or 'one device'}"
     yield f"model     {numbers / 1e6:.2f} M parameters, computed in {run.model.dtype}"
+    if made.outer:
+        every, pairing = made.outer["inner_steps"], made.outer["pairing"]
+        yield f"replicas  {count}, exchanging every {every} steps ({pairing})"
     yield (
         f"data      {run.data.corpus}: {len(tokens.train):,} tokens to train on, "
         f"{len(tokens.eval):,} held out, vocabulary {tokens.tokenizer.vocab_size}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from jaxlab import config, data, metrics, program, record
+from jaxlab import config, data, metrics, program, record, replicas
 from jaxlab.errors import UserError
 from jaxlab.files import locked_folder
 from jaxlab.mesh import local_rows, put_batch, start_processes, use_cpu_devices
@@ -70,7 +70,7 @@ def _train(
             )
         )
     )
-    found = checkpoint.restore(saved, made.abstract, description=description, log=say)
+    found = program.restore(saved, made, tokens.tokenizer, say)
     state, start = found or (program.first_state(made), 0)
     for line in record.start_up(made, tokens, start if found else None):
         say(line)
@@ -97,33 +97,40 @@ def _train(
         if pending is None:
             return
         (step, scalars), pending = pending, None
-        values = jax.device_get(scalars)
+        values = replicas.to_host(scalars)
         bar.update()
-        if not values["finite"] and run.on_nonfinite == "stop":
-            good = state._replace(skipped=state.skipped * 0)
-            checkpoint.save(saved, step - 1, good, description)
+        if not values["finite"].all() and run.on_nonfinite == "stop":
+            kept = "the last checkpoint there is whole"  # other replicas have gone on
+            if made.outer is None:
+                good = state._replace(skipped=state.skipped * 0)
+                checkpoint.save(saved, step - 1, good, description)
+                kept = "the state before it is saved there"
             raise UserError(
                 f"the loss or gradient of step {step} is not finite (loss "
-                f"{values['loss']}); the state before it is saved in {out}; try a "
-                "lower --optimizer.lr, or --on-nonfinite skip"
+                f"{values['loss']}) in {out}; {kept}; try a lower learning rate, or "
+                "--on-nonfinite skip"
             )
+        if made.outer:
+            told = replicas.exchange_metrics(made.outer, made.abstract, step, values)
+            if told:
+                write.scalars(step, told)
         if _due(step, run.log_every) or step == run.steps:
-            times = watch.lap(step)
+            times, loss = watch.lap(step), float(values["loss"].mean())
             write.scalars(
                 step,
                 {
-                    "train/loss": float(values["loss"]),
-                    "train/grad_norm": float(values["grad_norm"]),
-                    "train/param_norm": float(values["param_norm"]),
-                    "train/skipped": int(values["skipped"]),
+                    "train/loss": loss,
+                    "train/grad_norm": float(values["grad_norm"].mean()),
+                    "train/param_norm": float(values["param_norm"].mean()),
+                    "train/skipped": int(values["skipped"].sum()),
                     "train/learning_rate": float(rate(step - 1)),
                     **times,
                 },
             )
-            bar.set_postfix_str(f"loss {values['loss']:.3f}")
+            bar.set_postfix_str(f"loss {loss:.3f}")
             if bar.disable:  # no terminal
                 say(
-                    f"step {step}/{run.steps}: loss {values['loss']:.4f}, "
+                    f"step {step}/{run.steps}: loss {loss:.4f}, "
                     f"{times['time/tokens_per_second']:.0f} tokens/s"
                 )
 
@@ -189,9 +196,13 @@ def _pipelines(made, tokens, start, stack) -> tuple[Iterator, Iterable]:
 
 def _evaluate(made, state, held_out, tokens, write, step) -> tuple[dict, str]:
     """Mean loss on the held-out documents and a sample of text, both logged."""
-    params = state.params if state.ema is None else state.ema
+    params = made.weights(state)
     sums = [made.evaluate(params, batch) for batch in held_out]
     scores = {"eval/loss": mean_loss(sums)[0]}
+    if made.evaluate_each is not None:
+        each = state.params if state.ema is None else state.ema
+        sums = [made.evaluate_each(each, batch) for batch in held_out]
+        scores |= replicas.evaluation_metrics(sums)
     write.scalars(step, scores)
     text = program.sample(made, params, tokens.tokenizer)
     if text:

@@ -4,6 +4,7 @@ from jaxlab.optim.adamw import adamw, learning_rate
 from jaxlab.optim.noloco import NoLoCoState, diloco, exchange_bytes, noloco, outer_step
 from jaxlab.optim.pairing import partners
 from jaxlab.optim.replicas import (
+    map_replicas,
     mean_params,
     replica_axes,
     replica_specs,
@@ -20,6 +21,7 @@ __all__ = [
     "exchange_bytes",
     "gamma_max",
     "learning_rate",
+    "map_replicas",
     "mean_params",
     "noloco",
     "outer_step",

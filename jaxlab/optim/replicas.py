@@ -10,8 +10,13 @@ from jax.sharding import PartitionSpec
 from jaxlab.optim.noloco import NoLoCoState
 
 
-def _map(own: Callable[[Any], Any], shared: Callable[[Any], Any], tree: Any) -> Any:
-    """Maps the replicas' own leaves, and the count and key of a NoLoCoState."""
+def map_replicas(
+    own: Callable[[Any], Any], shared: Callable[[Any], Any], tree: Any
+) -> Any:
+    """Maps the replicas' own leaves by one function, what they share by another.
+
+    Shared are count and key of a NoLoCoState, which may lie anywhere in the tree.
+    """
 
     def part(x):
         if not isinstance(x, NoLoCoState):
@@ -30,17 +35,19 @@ def replica_specs(state: Any, axis_name: str = "replica") -> Any:
         state: a NoLoCoState, or any tree that may hold some.
         axis_name: of the replicas.
     """
-    return _map(lambda _: PartitionSpec(axis_name), lambda _: PartitionSpec(), state)
+    return map_replicas(
+        lambda _: PartitionSpec(axis_name), lambda _: PartitionSpec(), state
+    )
 
 
 def replica_axes(state: Any) -> Any:
     """Axes for vmap: None for count and key of a NoLoCoState, else 0."""
-    return _map(lambda _: 0, lambda _: None, state)
+    return map_replicas(lambda _: 0, lambda _: None, state)
 
 
 def replicate(state: Any, axis_size: int) -> Any:
     """Copies of one replica's tree along a new leading axis."""
-    return _map(
+    return map_replicas(
         lambda x: jnp.broadcast_to(x, (axis_size, *jnp.shape(x))), lambda x: x, state
     )
 
@@ -55,7 +62,7 @@ def resize(state: Any, axis_size: int) -> Any:
         state: parameters, NoLoCoState or both, with leading axes [replicas, ...].
         axis_size: replicas wanted. Make `noloco` anew with this number.
     """
-    return _map(
+    return map_replicas(
         lambda x: jnp.take(x, jnp.arange(axis_size) % x.shape[0], axis=0),
         lambda x: x,
         state,
