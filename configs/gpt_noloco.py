@@ -3,7 +3,7 @@
     python scripts/train.py configs/gpt_noloco.py --mesh.replica 8
 
 No all-reduce anywhere in the step. `configs/gpt_diloco.py` and `configs/gpt_dp.py`
-train the same model on the same tokens. About 4 minutes on 2 CPU cores.
+train the same model on the same tokens. About 2 minutes on 2 CPU cores.
 """
 
 from jaxlab.config import GPT, AdamW, Checkpoint, Evaluate, MeshShape, NoLoCo, Run

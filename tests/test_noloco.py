@@ -433,6 +433,7 @@ def test_resize_keeps_survivors_and_clones():
     [
         (dict(momentum=0.9, gamma=0.7), "it must be below 0.3800"),
         (dict(momentum=0.5, gamma=-0.1), "unstable"),
+        (dict(gamma=1.4, nesterov=True), "with Nesterov momentum 0.5"),
         (dict(momentum=1.0), "momentum is 1.0"),
         (dict(gamma=lambda t: 0.1 + t), "unstable"),
         (dict(group_size=3), "power of 2"),

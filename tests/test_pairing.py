@@ -89,16 +89,19 @@ def test_the_draw_does_not_depend_on_the_default_generator():
 # ------------------------------------------------------------------ stability
 
 
-def test_gamma_max_is_where_the_contraction_crosses_one():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_gamma_max_is_where_the_contraction_crosses_one(nesterov):
     for replicas in (2, 4, 8, 64, 10**6):
         for group in (2, 4, 8):
             for alpha in (0.0, 0.3, 0.5, 0.7, 0.9):
                 low, high = 0.001, 5.0
                 while high - low > 1e-7:
                     middle = (low + high) / 2
-                    stable = contraction(alpha, middle, replicas, group) < 1 - 1e-12
+                    stable = contraction(
+                        alpha, middle, replicas, group, nesterov=nesterov
+                    ) < (1 - 1e-12)
                     low, high = (middle, high) if stable else (low, middle)
-                bound = gamma_max(alpha, replicas, group)
+                bound = gamma_max(alpha, replicas, group, nesterov=nesterov)
                 assert abs(bound - low) < 1e-3, (replicas, group, alpha)
 
 
@@ -112,7 +115,9 @@ def test_bounds_of_pairs_among_many():
     assert stationary_variance(0.5, 0.7, 64) == pytest.approx(1.243, abs=1e-3)
 
 
-def simulate(replicas, alpha, gamma, rounds, rng, noise=0.0, trials=1, dim=16):
+def simulate(
+    replicas, alpha, gamma, rounds, rng, noise=0.0, trials=1, dim=16, nesterov=False
+):
     """Variance of phi over the rounds, float64[rounds + 1], with uniform pairs.
 
     The equations once more, for many trials at a time; `outer_round` has them for one.
@@ -131,34 +136,44 @@ def simulate(replicas, alpha, gamma, rounds, rng, noise=0.0, trials=1, dim=16):
         def paired(x, partner=partner):
             return (x + np.take_along_axis(x, partner[..., None], 1)) / 2
 
-        m = alpha * m + 0.7 * paired(delta) - gamma * (phi - paired(phi))
-        phi = phi + m
+        drive = 0.7 * paired(delta) - gamma * (phi - paired(phi))
+        m = alpha * m + drive
+        phi = phi + (alpha * m + drive if nesterov else m)
         variance.append(phi.var(1).mean())
     return np.asarray(variance)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("replicas", [8, 64])
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 1.0), (0.5, 0.7), (0.3, 0.7)])
-def test_contraction_is_the_theory(replicas, alpha, gamma):
+def test_contraction_is_the_theory(replicas, alpha, gamma, nesterov):
     rng = np.random.default_rng(0)
+    trials = 10_000 if replicas == 8 else 400
     measured = simulate(
-        replicas, alpha, gamma, 10, rng, trials=10_000 if replicas == 8 else 400, dim=8
+        replicas, alpha, gamma, 10, rng, trials=trials, dim=8, nesterov=nesterov
     )
-    matrix = moment_matrix(alpha, gamma, replicas)
+    matrix = moment_matrix(alpha, gamma, replicas, nesterov=nesterov)
     moments = np.array([1.0, 0.0, 0.0])
     for t in range(1, 11):
         moments = matrix @ moments
         assert measured[t] / measured[0] == pytest.approx(moments[0], rel=0.05), t
 
 
-def test_an_unstable_gamma_grows():
-    grown = simulate(64, 0.9, 0.7, 40, np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("alpha", "gamma", "nesterov"), [(0.9, 0.7, False), (0.5, 1.6, True)]
+)
+def test_an_unstable_gamma_grows(alpha, gamma, nesterov):
+    assert gamma > gamma_max(alpha, 64, nesterov=nesterov)
+    rng = np.random.default_rng(0)
+    grown = simulate(64, alpha, gamma, 60, rng, trials=20, nesterov=nesterov)
     assert grown[-1] > 3 * grown[0]
 
 
-def test_stationary_variance_is_the_theory():
-    path = simulate(64, 0.5, 0.7, 400, np.random.default_rng(0), noise=1.0)
-    theory = stationary_variance(0.5, 0.7, 64)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_stationary_variance_is_the_theory(nesterov):
+    rng = np.random.default_rng(0)
+    path = simulate(64, 0.5, 0.7, 400, rng, noise=1.0, nesterov=nesterov)
+    theory = stationary_variance(0.5, 0.7, 64, nesterov=nesterov)
     assert path[50:].mean() == pytest.approx(theory, rel=0.05)
 
 

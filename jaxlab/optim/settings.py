@@ -79,20 +79,23 @@ def check_settings(outer: Outer) -> None:
             np.asarray(x(outer_round) if callable(x) else x).item()
             for x in (outer.momentum, gamma_of(outer))
         )
-        _check_stability(alpha, gamma, outer.axis_size, group)
+        _check_stability(alpha, gamma, outer.axis_size, group, outer.nesterov)
 
 
-def _check_stability(alpha: float, gamma: float, axis_size: int, group: int) -> None:
+def _check_stability(
+    alpha: float, gamma: float, axis_size: int, group: int, nesterov: bool
+) -> None:
     if not 0 <= alpha < 1:
         raise ValueError(f"momentum is {alpha}; it must be at least 0 and below 1")
-    bound = gamma_max(alpha, axis_size, group)
+    kind = "Nesterov momentum" if nesterov else "momentum"
+    bound = gamma_max(alpha, axis_size, group, nesterov=nesterov)
     if not 0 <= gamma < bound:
         raise ValueError(
-            f"gamma {gamma:.4g} is unstable: with momentum {alpha:.4g}, {axis_size} "
+            f"gamma {gamma:.4g} is unstable: with {kind} {alpha:.4g}, {axis_size} "
             f"replicas and groups of {group} it must be below {bound:.4f} "
             "(jaxlab.optim.gamma_max)"
         )
-    factor = contraction(alpha, gamma, axis_size, group)
+    factor = contraction(alpha, gamma, axis_size, group, nesterov=nesterov)
     if factor > 0.95 and group < axis_size:
         warnings.warn(
             f"gamma {gamma:.4g} with momentum {alpha:.4g} hardly holds {axis_size} "
