@@ -368,7 +368,7 @@ def arms_of(options: Options) -> list[str]:
         peers = ["torch_eager"]
         if shutil.which("c++") or shutil.which("g++"):
             peers.append("torch_compile")
-        on_cpu = allocator._cpu_only(os.environ)
+        on_cpu = allocator.cpu_only(os.environ)
         arms += peers + [f"{peer}_tuned" for peer in peers if on_cpu]
     return arms
 

@@ -42,7 +42,7 @@ def tune() -> None:
     environment = tuned(os.environ)
     if environment is None or not (sys.executable and sys.orig_argv):
         return
-    if not (_glibc() and _cpu_only(os.environ)):
+    if not (_glibc() and cpu_only(os.environ)):
         return
     # Not orig_argv[0]: a bare "python" could be another one on the PATH.
     arguments = [sys.executable, *sys.orig_argv[1:]]
@@ -69,7 +69,7 @@ def _glibc() -> bool:
         return False
 
 
-def _cpu_only(environment: Mapping[str, str]) -> bool:
+def cpu_only(environment: Mapping[str, str]) -> bool:
     """Whether JAX will run on CPU, told without importing it."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:

@@ -92,10 +92,10 @@ def test_leaves_the_process_alone(tmp_path, environment):
 
 def test_an_accelerator_is_seen_by_its_device_file(tmp_path, monkeypatch):
     monkeypatch.setattr(allocator, "ACCELERATORS", (f"{tmp_path}/nvidia[0-9]*",))
-    assert allocator._cpu_only({})
+    assert allocator.cpu_only({})
     (tmp_path / "nvidia0").touch()
-    assert not allocator._cpu_only({})
-    assert allocator._cpu_only({"JAX_PLATFORMS": "cpu"})
+    assert not allocator.cpu_only({})
+    assert allocator.cpu_only({"JAX_PLATFORMS": "cpu"})
 
 
 PAGE_FAULTS = """

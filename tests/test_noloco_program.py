@@ -1,6 +1,7 @@
 """What the compiled step sends, on 8 devices, and that it equals the simulation."""
 
 import itertools
+import json
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.optim import (
+    contraction,
     diloco,
     noloco,
     outer_step,
@@ -430,7 +432,7 @@ print(jax.jit(step).lower(params, state).compile().as_text())
 
 
 def test_sixty_four_replicas_stay_a_small_program():
-    """How long it takes to compile is in benchmarks/noloco_compile.py."""
+    """How long it takes to compile is in benchmarks/noloco_program.py."""
     text = subprocess.run(
         [sys.executable, "-c", SIXTY_FOUR],
         capture_output=True,
@@ -443,3 +445,55 @@ def test_sixty_four_replicas_stay_a_small_program():
     assert rows == MAX_ROWS
     found = collectives(text)
     assert len(found) == 2 * MAX_ROWS and all(len(c.pairs) == 64 for c in found)
+
+
+DROP_OUT = """
+import json, jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, PartitionSpec as P
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+from jaxlab.optim import noloco, replica_axes, replica_specs, replicate
+tx = noloco(optax.sgd(0.0), axis_size=8, inner_steps=2)
+params = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
+state = replicate(tx.init(params[0]), 8)._replace(slow=params)
+axes, own, all_ = replica_axes(state), P("replica"), P()
+def step(params, state, alive):
+    updates, state = tx.update(params, state, params, alive=alive)
+    return optax.apply_updates(params, updates), state
+step = jax.jit(jax.shard_map(
+    jax.vmap(step, in_axes=(0, axes, None), out_axes=(0, axes)),
+    mesh=jax.make_mesh((8,), ("replica",), axis_types=(AxisType.Auto,)),
+    in_specs=(own, replica_specs(state), all_), out_specs=(own, replica_specs(state)),
+))
+everyone = jnp.ones(8, bool)
+path = [params]
+for number in range(50):
+    alive = everyone.at[3].set(False) if number < 10 else everyone
+    params, state = step(params, state, alive)
+    path.append(params)
+print(json.dumps(np.asarray(path[::2], np.float64).tolist()))
+"""
+
+
+def test_a_replica_may_be_away_for_rounds_and_comes_back():
+    """25 rounds without gradients on 8 devices; replica 3 is away for the first 5."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROP_OUT],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=180,  # a hang fails
+    )
+    path = np.asarray(json.loads(done.stdout))  # [round, replica, number]
+    others = [i for i in range(8) if i != 3]
+    away, back = path[:6], path[5:]
+    np.testing.assert_array_equal(away[:, 3], np.tile(path[0, 3], (6, 1)))
+    survivors = away[:, others].mean(1)
+    np.testing.assert_allclose(survivors, np.tile(survivors[0], (6, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        back.mean(1), np.tile(path[0].mean(0), (21, 1)), atol=2e-6
+    )
+    rounds = 20
+    rate = (back[-1].var(0).mean() / back[0].var(0).mean()) ** (1 / rounds)
+    # The theory is of independent rows; without replacement they mix a little better.
+    assert 0.6 * contraction(0.5, 0.7, 8) < rate < 1.1 * contraction(0.5, 0.7, 8)
