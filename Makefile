@@ -63,8 +63,10 @@ format: $(DEV)  ## format the code and mend what ruff can mend
 bench: export JAX_PLATFORMS ?= $(if $(EXTRAS),,cpu)
 bench: $(PEER)  ## run the benchmarks (BENCH=benchmarks/data.py); each prints JSON
 	@test -n '$(BENCH)' || { echo 'benchmarks/ holds none yet' >&2; exit 1; }
-	@set -e; for script in $(BENCH); do \
-	  echo "$$script" >&2; $(PEERS)/bin/python $$script $(ARGS); done
+	@failed=; for script in $(BENCH); do \
+	  echo "$$script" >&2; \
+	  $(PEERS)/bin/python $$script $(ARGS) || failed="$$failed $$script"; done; \
+	  test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 docs: $(DOCS)  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

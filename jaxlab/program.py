@@ -108,6 +108,7 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
         outer = run.optimizer.outer(count, run.seed)
         apart: dict[str, Any] = outer | {"inner_steps": None}
         try:
+            optim.noloco(tx, **outer)  # checks what the exchange will need
             tx = optim.noloco(tx, **apart)
         except ValueError as error:
             raise ConfigError(f"optimizer: {error}") from error

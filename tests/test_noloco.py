@@ -428,6 +428,26 @@ def test_resize_keeps_survivors_and_clones():
     np.testing.assert_array_equal(again[1].inner[0].mu.shape, (8, 2))
 
 
+def test_training_goes_on_over_a_change_of_replicas():
+    """Eight, six, eight: the mean of those who stay obeys the recursion throughout."""
+    params, state = replicate(jnp.ones(12), 8), None
+    for replicas in (8, 6, 8):
+        tx = noloco(optax.sgd(0.05), axis_size=replicas, inner_steps=5)
+        if state is None:
+            state, axes = start(tx, params)
+        params, state = resize((params, state), replicas)
+        a, c = quadratic(replicas)
+        step = stepper(tx, axes)
+        for _ in range(5):
+            before = params, state
+            params, state = step(params, state, a[None] * (params - c))
+        theta = before[0] - 0.05 * a[None] * (before[0] - c)
+        delta = np.mean(theta - before[1].slow, 0)
+        wanted = 0.5 * np.mean(before[1].momentum, 0) + 0.7 * delta
+        np.testing.assert_allclose(np.mean(state.momentum, 0), wanted, atol=1e-6)
+    assert int(state.count) == 15
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -446,6 +466,7 @@ def test_resize_keeps_survivors_and_clones():
         (dict(error_feedback=True, wire_dtype="int8", group_size=4), "group_size 2"),
         (dict(pairing="all", wire_dtype="int8"), "for gossip"),
         (dict(axis_size=0), "axis_size is 0"),
+        (dict(inner_steps=0), "inner_steps is 0"),
     ],
 )
 def test_bad_settings_are_refused_when_made(settings, message):
@@ -470,3 +491,16 @@ def test_outside_the_axis_and_with_another_size_it_says_so():
         stepper(tx, axes)(many, state, many)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+def test_a_fresh_state_can_be_donated_with_its_parameters():
+    tx = noloco(optax.adam(0.1), axis_size=1, error_feedback=True, wire_dtype="int8")
+    params = {"w": jnp.ones((4, 4))}
+    state = tx.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step(params, state)

@@ -186,23 +186,40 @@ def test_a_trained_model_is_the_mean_of_its_replicas(tmp_path):
 
 @pytest.mark.parametrize("pairing", ["round_robin", "all"])
 def test_killed_within_a_round_it_ends_with_the_same_numbers(tmp_path, pairing):
-    """Another process goes on from step 6, two steps after an exchange."""
-    fields = dict(optimizer=gossip(pairing=pairing), steps=14)
-    whole = tiny(tmp_path, **fields)
+    """Another process goes on from step 37, seven steps after an exchange."""
+    whole = tiny(
+        tmp_path,
+        steps=120,
+        optimizer=gossip(pairing=pairing, inner_steps=10),
+        evaluate=config.Evaluate(every=0, batches=1),
+        checkpoint=config.Checkpoint(every=0),
+    )
     want = jax.device_get(train(whole, lambda line: None))
     cut = dataclasses.replace(
-        whole, out=str(tmp_path / "cut"), checkpoint=config.Checkpoint(every=6)
+        whole, out=str(tmp_path / "cut"), checkpoint=config.Checkpoint(every=37)
     )
     process = runs.launch(cut, devices=8)
     deadline = time.monotonic() + 120
-    manifest = tmp_path / "cut/checkpoints/6/manifest.json"
+    manifest = tmp_path / "cut/checkpoints/37/manifest.json"
     while not manifest.exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    got = jax.device_get(train(cut, lambda line: None))
+    lines = []
+    got = jax.device_get(train(cut, lines.append))
+    assert any("restored from step 37" in line for line in lines)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    def exchanges(run):
+        rows = runs.metrics(run.out).items()
+        return {
+            step: {k: v for k, v in row.items() if k.startswith("noloco/")}
+            for step, row in rows
+            if step < 120
+        }
+
+    assert exchanges(cut) == exchanges(whole)
 
 
 def test_a_run_goes_on_with_other_numbers_of_replicas(tmp_path):

@@ -148,11 +148,14 @@ def noloco(
         mask,
         check,
     )
-    check_settings(outer)
+    check_settings(outer, inner_steps)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> NoLoCoState:
-        slow = jax.tree.map(lambda p: p.astype(slow_dtype), _exchanged(params, mask))
+        # Copies: a buffer that is the weights' too could not be donated with them.
+        slow = jax.tree.map(
+            lambda p: jnp.array(p, slow_dtype), _exchanged(params, mask)
+        )
 
         def zeros():
             return jax.tree.map(jnp.zeros_like, slow)
@@ -274,7 +277,7 @@ def outer_step(
     """
     outer.pop("slow_dtype", None)  # the state knows
     settings = Outer(**outer)
-    check_settings(settings)
+    check_settings(settings, inner_steps)
 
     def exchange_now(parts):
         return _exchange(settings, theta, parts, state, inner_steps, row, alive, weight)

@@ -52,8 +52,10 @@ def row_of(outer: Outer, row: Any) -> np.ndarray:
     return check_table(row[None, None] if row.ndim == 1 else row[None], outer.axis_size)
 
 
-def check_settings(outer: Outer) -> None:
+def check_settings(outer: Outer, inner_steps: int | None) -> None:
     """Raises ValueError for what can be known to be wrong before tracing."""
+    if inner_steps is not None and inner_steps < 1:
+        raise ValueError(f"inner_steps is {inner_steps}; it must be at least 1")
     if outer.axis_size < 1:
         raise ValueError(f"axis_size is {outer.axis_size}; it must be at least 1")
     if outer.exchange not in ("fused", "pair"):
