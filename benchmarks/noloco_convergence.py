@@ -33,20 +33,26 @@ from jaxlab.errors import ConfigError
 from jaxlab.models import gpt
 from jaxlab.step import mean_gradient, summed_loss
 
+NESTEROV = dict(momentum=0.6, nesterov=True)
+ALL = dict(pairing="all", gamma=0.0)
 ARMS: dict[str, dict[str, Any] | None] = {
     "dp": None,  # one model, one all-reduce a step
     "local": dict(inner_steps=None),
-    "diloco H25": dict(pairing="all", inner_steps=25, gamma=0.0),
-    "diloco H50": dict(pairing="all", inner_steps=50, momentum=0.3, gamma=0.0),
-    "diloco H25 nesterov": dict(
-        pairing="all", inner_steps=25, momentum=0.6, nesterov=True, gamma=0.0
-    ),
+    "diloco H25": dict(inner_steps=25, **ALL),
+    "diloco H50": dict(inner_steps=50, momentum=0.3, **ALL),
+    "diloco H25 nesterov": dict(inner_steps=25, **ALL, **NESTEROV),
+    "diloco H44 nesterov": dict(inner_steps=44, **ALL, **NESTEROV),
     "noloco H25": dict(inner_steps=25),
-    "noloco H25 nesterov": dict(inner_steps=25, momentum=0.6, nesterov=True),
     "noloco H25 gamma 0": dict(inner_steps=25, gamma=0.0, check=False),
+    "noloco H25 nesterov": dict(inner_steps=25, **NESTEROV),
     "noloco H25 groups of 4": dict(inner_steps=25, gamma=1.0, group_size=4),
+    "noloco H25 nesterov groups of 4": dict(inner_steps=25, group_size=4, **NESTEROV),
     "noloco H12 bf16": dict(inner_steps=12, wire_dtype="bfloat16"),
     "noloco H6 int8": dict(inner_steps=6, wire_dtype="int8", error_feedback=True),
+    "noloco H12 bf16 nesterov": dict(inner_steps=12, wire_dtype="bfloat16", **NESTEROV),
+    "noloco H6 int8 nesterov": dict(
+        inner_steps=6, wire_dtype="int8", error_feedback=True, **NESTEROV
+    ),
 }
 
 

@@ -301,7 +301,8 @@ def all_gather_matmul(
             block = jax.eval_shape(ring.dot, x, w)
             epilogue, hoisted = jax.closure_convert(epilogue, block)
             constants = tuple(hoisted)
-        y, gathered = _all_gather_matmul(ring, epilogue, x, w, constants)
+        both: Any = _all_gather_matmul(ring, epilogue, x, w, constants)
+        y, gathered = both
     return (y, gathered) if return_gathered else y
 
 
@@ -363,7 +364,7 @@ def matmul_reduce_scatter(
             precision,
             preferred_element_type,
         )
-        y = _matmul_reduce_scatter(ring, x, w)
+        y: Any = _matmul_reduce_scatter(ring, x, w)
     return y if epilogue is None else epilogue(y)
 
 
