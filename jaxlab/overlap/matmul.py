@@ -236,6 +236,28 @@ _matmul_reduce_scatter.defvjp(
 )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_all_reduce(ring: _Ring, x, w):
+    mine, _ = _multiply_scatter(ring, x, w)
+    return lax.all_gather(
+        mine, ring.axis_name, axis=ring.dim, tiled=True, to="invarying"
+    )
+
+
+def _matmul_all_reduce_forward(ring: _Ring, x, w):
+    return _matmul_all_reduce(ring, x, w), (x, w)
+
+
+def _matmul_all_reduce_backward(ring: _Ring, saved, dy):
+    """No communication: every device has all of dy."""
+    x, w = saved
+    dx, dw = ring.dot(dy, w.T), ring.dot_rows(x, dy)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_matmul_all_reduce.defvjp(_matmul_all_reduce_forward, _matmul_all_reduce_backward)
+
+
 # -------------------------------------------------------------- what users call
 
 
@@ -365,6 +387,64 @@ def matmul_reduce_scatter(
             preferred_element_type,
         )
         y: Any = _matmul_reduce_scatter(ring, x, w)
+    return y if epilogue is None else epilogue(y)
+
+
+def matmul_all_reduce(
+    x: jax.Array,
+    w: jax.Array,
+    axis_name: str,
+    *,
+    dim: int = 0,
+    chunks: int = 1,
+    bidirectional: bool = False,
+    epilogue: Epilogue | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`epilogue(psum(x @ w, axis_name))`, half of it overlapped.
+
+    The sum is a reduce-scatter beside the product, then an all-gather for which no
+    work is left here. Where what follows works row by row, `matmul_reduce_scatter` and
+    later `all_gather_matmul` hide both halves.
+
+    Args:
+        x: [..., k], this device's columns.
+        w: [k, n], this device's rows of the weights.
+        axis_name: mesh axis of the ring.
+        dim: dimension that the ring's blocks are cut along; not the last.
+        chunks: lanes, see `all_gather_matmul`.
+        bidirectional: see `all_gather_matmul`.
+        epilogue: elementwise, applied to the sum.
+        precision: of the products.
+        preferred_element_type: of products, sums and result.
+
+    Returns:
+        [..., n], the same on all devices.
+
+    Raises:
+        ValueError: see `all_gather_matmul`.
+    """
+    size, dim = _check(x, w, axis_name, dim)
+    lanes = chunks * (2 if bidirectional else 1)
+    reason = _indivisible("rows of x", x.shape[dim], size * lanes, "devices x lanes")
+    if size == 1 or reason:
+        _report("matmul_all_reduce", reason)
+        y = jnp.matmul(
+            x, w, precision=precision, preferred_element_type=preferred_element_type
+        )
+        y = lax.psum(y, axis_name)
+    else:
+        ring = _Ring(
+            axis_name,
+            size,
+            dim,
+            lanes,
+            bidirectional,
+            precision,
+            preferred_element_type,
+        )
+        y: Any = _matmul_all_reduce(ring, x, w)
     return y if epilogue is None else epilogue(y)
 
 
