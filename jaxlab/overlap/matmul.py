@@ -169,15 +169,17 @@ def _multiply_scatter(ring: _Ring, whole, w, plus=None, beside=None):
     return jnp.concatenate(sums, axis=ring.dim), buffer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_gather_matmul(ring: _Ring, epilogue, x, w, constants):
-    return _all_gather_matmul_forward(ring, epilogue, x, w, constants)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _all_gather_matmul(ring: _Ring, epilogue, keep: bool, x, w, constants):
+    """The product and, if it is to be kept, the gathered x, else None."""
+    return _all_gather_matmul_forward(ring, epilogue, keep, x, w, constants)[0]
 
 
-def _all_gather_matmul_forward(ring: _Ring, epilogue, x, w, constants):
+def _all_gather_matmul_forward(ring: _Ring, epilogue, keep: bool, x, w, constants):
     make = functools.partial(ring.empty, x, rows=x.shape[ring.dim] * ring.size)
     product = jax.eval_shape(ring.dot, x, w)
-    results = {"x": make(width=x.shape[-1], dtype=x.dtype)}
+    # Only what is wanted: the barriers keep alive whatever they are given.
+    results = {"x": make(width=x.shape[-1], dtype=x.dtype)} if keep else {}
     if epilogue is None:
         results["y"] = make(width=w.shape[-1], dtype=product.dtype)
     else:
@@ -193,10 +195,10 @@ def _all_gather_matmul_forward(ring: _Ring, epilogue, x, w, constants):
 
     results = _gather_multiply(ring, x, w, visit, results)
     saved = (x, w, constants, results.get("before"))
-    return (results["y"], results["x"]), saved
+    return (results["y"], results.get("x")), saved
 
 
-def _all_gather_matmul_backward(ring: _Ring, epilogue, saved, cotangents):
+def _all_gather_matmul_backward(ring: _Ring, epilogue, keep: bool, saved, cotangents):
     """A reduce-scatter ring for dx; x goes round again beside it, for dw."""
     x, w, constants, before = saved
     dy, dgathered = cotangents
@@ -207,6 +209,7 @@ def _all_gather_matmul_backward(ring: _Ring, epilogue, saved, cotangents):
     buffer = ring.empty(
         x, rows=x.shape[ring.dim] * ring.size, width=x.shape[-1], dtype=x.dtype
     )
+    dgathered = dgathered if keep else None
     dx, gathered = _multiply_scatter(ring, dy, w.T, dgathered, (x, buffer))
     dw = ring.dot_rows(gathered, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype), tuple(dconstants)
@@ -227,7 +230,7 @@ def _matmul_reduce_scatter_forward(ring: _Ring, x, w):
 def _matmul_reduce_scatter_backward(ring: _Ring, saved, dy):
     """A gather ring over dy, whose gathered form gives dw in one product."""
     x, w = saved
-    (dx, gathered), _ = _all_gather_matmul_forward(ring, None, dy, w.T, ())
+    (dx, gathered), _ = _all_gather_matmul_forward(ring, None, True, dy, w.T, ())
     return dx.astype(x.dtype), ring.dot_rows(x, gathered).astype(w.dtype)
 
 
@@ -323,7 +326,7 @@ def all_gather_matmul(
             block = jax.eval_shape(ring.dot, x, w)
             epilogue, hoisted = jax.closure_convert(epilogue, block)
             constants = tuple(hoisted)
-        both: Any = _all_gather_matmul(ring, epilogue, x, w, constants)
+        both: Any = _all_gather_matmul(ring, epilogue, return_gathered, x, w, constants)
         y, gathered = both
     return (y, gathered) if return_gathered else y
 
