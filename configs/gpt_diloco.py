@@ -2,8 +2,8 @@
 
 python scripts/train.py configs/gpt_diloco.py
 
-For the original's outer optimizer (arXiv 2311.08105) add
---optimizer.momentum 0.9 --optimizer.nesterov True. About 2 minutes on 2 CPU cores.
+Nesterov momentum, as in the original (arXiv 2311.08105), which has 0.9 in far longer
+runs. Ends near eval/loss DILOCO, after 2 minutes on 2 CPU cores.
 """
 
 from jaxlab.config import GPT, AdamW, Checkpoint, Evaluate, MeshShape, NoLoCo, Run
@@ -18,7 +18,12 @@ def config() -> Run:
         length=128,
         model=GPT(layers=4, width=128, heads=4, kv_heads=2),
         optimizer=NoLoCo(
-            inner=AdamW(lr=3e-3, warmup=50), inner_steps=25, pairing="all", gamma=0.0
+            inner=AdamW(lr=3e-3, warmup=50),
+            inner_steps=25,
+            momentum=0.6,
+            nesterov=True,
+            pairing="all",
+            gamma=0.0,
         ),
         mesh=MeshShape(replica=8, data=1),
         evaluate=Evaluate(every=100, batches=8),

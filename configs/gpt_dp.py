@@ -2,7 +2,7 @@
 
 python scripts/train.py configs/gpt_dp.py
 
-About 2 minutes on 2 CPU cores.
+Ends near eval/loss 1.31, after 2 minutes on 2 CPU cores.
 """
 
 from jaxlab.config import GPT, AdamW, Checkpoint, Evaluate, MeshShape, Run

@@ -7,7 +7,7 @@ numbers as one that was not.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -164,8 +164,8 @@ def _train(
     return state
 
 
-def _pipelines(made, tokens, start, stack) -> tuple[Iterator, Iterable]:
-    """Global training batches from step `start` on, and the held-out ones."""
+def _pipelines(made, tokens, start, stack) -> tuple[Iterator, Callable[[], Iterator]]:
+    """Global training batches from step `start` on; the held-out ones, ever anew."""
     run = made.run
     rows = run.batch // run.accumulate
     local = local_rows(made.mesh, rows)
@@ -191,18 +191,21 @@ def _pipelines(made, tokens, start, stack) -> tuple[Iterator, Iterable]:
         data.prefetch(training, start=start, threads=run.data.threads)
     )
     put = partial(put_batch, made.mesh, rows=rows, local=local)
-    return map(put, ahead), held_out
+    return map(put, ahead), lambda: map(put, held_out)
 
 
 def _evaluate(made, state, held_out, tokens, write, step) -> tuple[dict, str]:
     """Mean loss on the held-out documents and a sample of text, both logged."""
     params = made.weights(state)
-    sums = [made.evaluate(params, batch) for batch in held_out]
+    sums, sums_of_each = [], []
+    for batch in held_out():
+        sums.append(made.evaluate(params, batch))
+        if made.evaluate_each is not None:
+            each = state.params if state.ema is None else state.ema
+            sums_of_each.append(made.evaluate_each(each, batch))
     scores = {"eval/loss": mean_loss(sums)[0]}
-    if made.evaluate_each is not None:
-        each = state.params if state.ema is None else state.ema
-        sums = [made.evaluate_each(each, batch) for batch in held_out]
-        scores |= replicas.evaluation_metrics(sums)
+    if sums_of_each:
+        scores |= replicas.evaluation_metrics(sums_of_each)
     write.scalars(step, scores)
     text = program.sample(made, params, tokens.tokenizer)
     if text:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,26 @@ def launch(run: config.Run, *arguments: str, devices: int = 1) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def launch_pair(run: config.Run) -> list[subprocess.Popen]:
+    """Starts a run on two processes of two devices each, over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        launch(
+            run,
+            "--distributed.coordinator",
+            address,
+            "--distributed.processes",
+            "2",
+            "--distributed.index",
+            str(i),
+            devices=2,
+        )
+        for i in range(2)
+    ]
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

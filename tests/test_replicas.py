@@ -184,6 +184,25 @@ def test_a_trained_model_is_the_mean_of_its_replicas(tmp_path):
     assert math.isfinite(loss)
 
 
+def test_two_processes_hold_the_replicas_of_one(tmp_path):
+    alone = tiny(tmp_path, replica=4, steps=9)
+    code, _, error = runs.finish(runs.launch(alone, devices=4))
+    assert code == 0, error
+    pair = dataclasses.replace(alone, out=str(tmp_path / "pair"))
+    ended = [runs.finish(process) for process in runs.launch_pair(pair)]
+    assert [code for code, *_ in ended] == [0, 0], ended
+    one, two = (program.load(run.out) for run in (alone, pair))
+    assert one.step == two.step == 9
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    # Process 0 tells of the two replicas that it holds.
+    here, there = runs.metrics(alone.out)[8], runs.metrics(pair.out)[8]
+    assert here["noloco/partner_of_3"] == there["noloco/partner_of_3"]
+    assert here["noloco/loss_min"] <= there["noloco/loss_min"]
+    assert there["noloco/loss_max"] <= here["noloco/loss_max"]
+    scores = [runs.metrics(run.out)[9]["eval/loss"] for run in (alone, pair)]
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+
+
 @pytest.mark.parametrize("pairing", ["round_robin", "all"])
 def test_killed_within_a_round_it_ends_with_the_same_numbers(tmp_path, pairing):
     """Another process goes on from step 37, seven steps after an exchange."""

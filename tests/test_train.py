@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from jaxlab.config import Checkpoint, MeshShape
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import locked_folder
 from jaxlab.train import train
-from tests.runs import finish, launch, losses, metrics, tiny
+from tests.runs import finish, launch, launch_pair, losses, metrics, tiny
 
 equal = partial(jax.tree.map, np.testing.assert_array_equal)
 
@@ -149,26 +148,6 @@ def test_resumes_onto_another_mesh(reference, tmp_path):
     np.testing.assert_allclose(losses(run.out), losses(tmp_path / "whole"), rtol=2e-5)
 
 
-def launch_pair(run):
-    """Starts a run on two processes of two devices each, over loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [
-        launch(
-            run,
-            "--distributed.coordinator",
-            address,
-            "--distributed.processes",
-            "2",
-            "--distributed.index",
-            str(i),
-            devices=2,
-        )
-        for i in range(2)
-    ]
-
-
 def test_one_device_and_two_processes_give_the_same_curve(reference, tmp_path):
     alone = dataclasses.replace(reference[0], out=str(tmp_path / "alone"))
     code, said, error = finish(launch(alone))
@@ -185,6 +164,8 @@ def test_one_device_and_two_processes_give_the_same_curve(reference, tmp_path):
     spoken = [x for x in ended[1][1].splitlines() if "[Gloo]" not in x]
     assert spoken == []  # process 0 speaks for all
     np.testing.assert_allclose(losses(pair.out), losses(alone.out), rtol=2e-5)
+    scores = [metrics(run.out)[6]["eval/loss"] for run in (alone, pair)]
+    np.testing.assert_allclose(*scores, rtol=2e-5)  # of all rows, not of process 0's
     assert len(list(Path(pair.out).glob("events.*"))) == 1
 
 

@@ -17,6 +17,8 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "jaxlab"  # the same numbers give the same file
 from matplotlib import pyplot as plt  # noqa: E402
 
+from jaxlab import config  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 SHOWN = (
     "dp",
@@ -30,16 +32,20 @@ SHOWN = (
 
 def main(path: str) -> None:
     """Draws and writes."""
-    runs = json.loads(Path(path).read_text())["runs"]
-    arms = [a for a in SHOWN if any(r["arm"] == a for r in runs)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for arm in arms:
+    report = json.loads(Path(path).read_text())
+    runs, options = report["runs"], report["options"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for number, arm in enumerate(SHOWN):
         of_arm = [r for r in runs if r["arm"] == arm]
+        color = f"C{number}"
         curve = np.mean([r["curve"] for r in of_arm], axis=0)
-        left.plot(*curve.T, label=arm)
+        left.plot(*curve.T, label=arm, color=color)
         std = np.mean([r["std"] for r in of_arm], axis=0)
-        if arm != "dp":
-            right.semilogy(25 * np.arange(1, len(std) + 1), std.clip(1e-5), label=arm)
+        if std.min() > 1e-6:  # others are equal after each exchange
+            right.semilogy(25 * np.arange(1, len(std) + 1), std, color=color)
+    steps = np.arange(1, options["steps"])
+    rate = config.AdamW(lr=options["lr"], warmup=100).learning_rate(options["steps"])
+    right.semilogy(steps, rate(steps), color="gray", ls=":", label="learning rate")
     left.set(
         xlabel="step",
         ylabel="nats per byte",
@@ -47,11 +53,11 @@ def main(path: str) -> None:
         ylim=(None, 2.6),
     )
     right.set(
-        xlabel="step", title="standard deviation between replicas", ylim=(5e-4, 0.2)
+        xlabel="step", title="standard deviation between replicas", ylim=(3e-4, 0.2)
     )
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(ROOT / "docs/figures/noloco.svg", metadata={"Date": None})
 
 
