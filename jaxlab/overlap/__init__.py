@@ -6,10 +6,24 @@ from jaxlab.overlap.matmul import (
     matmul_all_reduce,
     matmul_reduce_scatter,
 )
+from jaxlab.overlap.schedule import (
+    Report,
+    Window,
+    aot_compile,
+    compiler_options,
+    schedule_report,
+    target_mesh,
+)
 
 __all__ = [
     "OverlapSkipped",
+    "Report",
+    "Window",
     "all_gather_matmul",
+    "aot_compile",
+    "compiler_options",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
+    "schedule_report",
+    "target_mesh",
 ]
