@@ -1,12 +1,10 @@
 """The schedules of real compilers for chips that are not here, and of made-up text."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 
+from benchmarks import overlap_schedule as bench
 from jaxlab.overlap import schedule_report, target_mesh
 
 SCHEDULED = """HloModule m, is_scheduled=true
@@ -51,87 +49,29 @@ def test_targets_that_there_are_not(target):
         target_mesh(target, {"t": 8})
 
 
-PROGRAM = """
-import sys
-import jax, jax.numpy as jnp
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxlab.overlap import (all_gather_matmul, aot_compile, matmul_reduce_scatter,
-                            schedule_report, target_mesh)
-target, form, options = sys.argv[1:]
-mesh = target_mesh(target, {"t": 8})
-
-def plain(x, w1, w2):
-    h = jax.nn.gelu(lax.all_gather(x, "t", axis=0, tiled=True) @ w1)
-    return lax.psum_scatter(h @ w2, "t", scatter_dimension=0, tiled=True)
-
-def ring(x, w1, w2):
-    h = all_gather_matmul(x, w1, "t", epilogue=jax.nn.gelu)
-    return matmul_reduce_scatter(h, w2, "t")
-
-def textbook(x, w1, w2):
-    # The ring of many tutorials: no barriers.
-    me, rows = lax.axis_index("t"), x.shape[0]
-    def turn(x): return lax.ppermute(x, "t", [((i + 1) % 8, i) for i in range(8)])
-    h = jnp.zeros((8 * rows, w1.shape[1]), x.dtype)
-    h = lax.pcast(h, "t", to="varying")
-    for s in range(8):
-        h = lax.dynamic_update_slice_in_dim(h, x @ w1, (me + s) % 8 * rows, 0)
-        x = turn(x) if s < 7 else x
-    return lax.psum_scatter(jax.nn.gelu(h) @ w2, "t", scatter_dimension=0, tiled=True)
-
-specs = (P("t"), P(None, "t"), P("t"))
-f = jax.shard_map(globals()[form.split("-")[0]], mesh=mesh, in_specs=specs,
-                  out_specs=P("t"))
-if form.endswith("-grad"):
-    f = jax.grad(lambda *a, g=f: jnp.sum(g(*a).astype(jnp.float32) ** 2), (0, 1, 2))
-shapes = ((8192, 4096), (4096, 14336), (14336, 4096))
-avals = tuple(
-    jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, p))
-    for s, p in zip(shapes, specs)
-)
-given = {} if options == "default" else None
-report = schedule_report(aot_compile(f, avals, target, options=given))
-print("RESULT", report.n_async, report.n_covered, len(report.synchronous),
-      report.n_dots, report.dot_cycles or 0, report.temporary_bytes)
-"""
-
-
 @functools.cache
-def compiled(target, form, options="recommended"):
-    """n_async, n_covered, synchronous, dots, dot cycles and bytes of an MLP on 8."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, target, form, options],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    return [int(word) for word in line.split()[1:]]
+def compiled(target, form, flags="recommended"):
+    """What the compiler made of an MLP on 8 devices."""
+    return bench.run_case(target, form, flags, bench.Options())
 
 
 @pytest.mark.requires("libtpu")
-@pytest.mark.parametrize(("form", "permutes"), [("ring", 14), ("ring-grad", 28)])
+@pytest.mark.parametrize(("form", "permutes"), [("", 14), ("-gradient", 28)])
 def test_on_tpu_every_permute_has_a_product(form, permutes):
-    target = "tpu:v5e:2x4"
-    n_async, covered, synchronous, _, cycles, memory = compiled(target, form)
-    assert n_async == covered >= permutes and synchronous == 0
-    _, plain_covered, plain_synchronous, _, plain, plain_memory = compiled(
-        target, form.replace("ring", "plain")
-    )
-    assert plain_synchronous and plain_covered <= 1
-    assert cycles <= 1.05 * plain
-    assert memory <= 1.05 * plain_memory
+    ring = compiled(bench.TPU, f"ring{form}")
+    assert ring["asynchronous"] == ring["covered"] >= permutes
+    assert not ring["synchronous"]
+    plain = compiled(bench.TPU, f"plain{form}")
+    assert plain["synchronous"] and plain["covered"] <= 1
+    assert ring["product_cycles"] <= 1.05 * plain["product_cycles"]
+    assert ring["temporary_bytes"] <= 1.05 * plain["temporary_bytes"]
 
 
 @pytest.mark.requires("jax_cuda13_plugin")
 def test_on_gpu_the_barriers_keep_the_ring_and_the_textbook_loses_it():
-    target = "cuda:h100:8"
-    n_async, covered, *_ = compiled(target, "ring")
-    assert n_async == covered == 14
-    n_async, covered, *_ = compiled(target, "ring", "default")
-    assert n_async == 14 and covered >= 13
-    n_async, covered, *_ = compiled(target, "textbook", "default")
-    assert n_async >= 7 and covered == 0
+    ring = compiled(bench.GPU, "ring")
+    assert ring["asynchronous"] == ring["covered"] == 14
+    ring = compiled(bench.GPU, "ring", "default")
+    assert ring["asynchronous"] == 14 and ring["covered"] >= 13
+    textbook = compiled(bench.GPU, "textbook", "default")
+    assert textbook["asynchronous"] >= 7 and textbook["covered"] == 0
