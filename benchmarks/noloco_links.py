@@ -470,7 +470,9 @@ def main(arguments: list[str]) -> None:
         return
     options = parse_options(Options, arguments, "benchmarks/noloco_links.py")
     options = dataclasses.replace(options, **(QUICK if options.quick else {}))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
+    # To clean up in either case; a shell has its background jobs ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     report = {
         "benchmark": "noloco_links",
         "options": dataclasses.asdict(options),

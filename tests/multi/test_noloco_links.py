@@ -92,8 +92,6 @@ def test_an_interrupted_run_leaves_nothing(links, number):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell has its background jobs ignore SIGINT, and theirs inherit it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # The job runs when it says so, and this goes on for minutes.
