@@ -141,7 +141,7 @@ def one_exchange(phi, theta, m, replicas, **settings):
     )(theta, state)
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
     replicas=st.integers(1, 9),

@@ -260,6 +260,7 @@ def test_what_does_not_divide_is_plain_and_says_so():
         (lambda x, w: all_gather_matmul(x, w, "t", dim=1), "dim is 1"),
         (lambda x, w: all_gather_matmul(x, w, "t", dim=5), "dim is 5"),
         (lambda x, w: all_gather_matmul(x, w.T, "t"), "are no"),
+        (lambda x, w: all_gather_matmul(x, w, "t", chunks=0), "chunks is 0"),
         (lambda x, w: matmul_reduce_scatter(x[:3], w, "t"), "do not divide among 4"),
         (lambda x, w: matmul_reduce_scatter(x, w, "other"), "no axis 'other'"),
     ],

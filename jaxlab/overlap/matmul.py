@@ -172,10 +172,12 @@ def _multiply_scatter(ring: _Ring, whole, w, plus=None, beside=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_gather_matmul(ring: _Ring, epilogue, keep: bool, x, w, constants):
     """The product and, if it is to be kept, the gathered x, else None."""
-    return _all_gather_matmul_forward(ring, epilogue, keep, x, w, constants)[0]
+    results = _gather_ring(ring, epilogue, keep, False, x, w, constants)
+    return results["y"], results.get("x")
 
 
-def _all_gather_matmul_forward(ring: _Ring, epilogue, keep: bool, x, w, constants):
+def _gather_ring(ring: _Ring, epilogue, keep: bool, save: bool, x, w, constants):
+    """The product `y`; `x` gathered, to `keep`; `before` the epilogue, to `save`."""
     make = functools.partial(ring.empty, x, rows=x.shape[ring.dim] * ring.size)
     product = jax.eval_shape(ring.dot, x, w)
     # Only what is wanted: the barriers keep alive whatever they are given.
@@ -185,7 +187,8 @@ def _all_gather_matmul_forward(ring: _Ring, epilogue, keep: bool, x, w, constant
     else:
         after = jax.eval_shape(epilogue, product, *constants)
         results["y"] = make(width=w.shape[-1], dtype=after.dtype)
-        results["before"] = make(width=w.shape[-1], dtype=product.dtype)
+        if save:
+            results["before"] = make(width=w.shape[-1], dtype=product.dtype)
 
     def visit(results, product, block, device, lane):
         found = {"x": block, "before": product, "y": product}
@@ -193,7 +196,11 @@ def _all_gather_matmul_forward(ring: _Ring, epilogue, keep: bool, x, w, constant
             found["y"] = epilogue(product, *constants)
         return {k: ring.put(v, found[k], device, lane) for k, v in results.items()}
 
-    results = _gather_multiply(ring, x, w, visit, results)
+    return _gather_multiply(ring, x, w, visit, results)
+
+
+def _all_gather_matmul_forward(ring: _Ring, epilogue, keep: bool, x, w, constants):
+    results = _gather_ring(ring, epilogue, keep, True, x, w, constants)
     saved = (x, w, constants, results.get("before"))
     return (results["y"], results.get("x")), saved
 
@@ -230,8 +237,9 @@ def _matmul_reduce_scatter_forward(ring: _Ring, x, w):
 def _matmul_reduce_scatter_backward(ring: _Ring, saved, dy):
     """A gather ring over dy, whose gathered form gives dw in one product."""
     x, w = saved
-    (dx, gathered), _ = _all_gather_matmul_forward(ring, None, True, dy, w.T, ())
-    return dx.astype(x.dtype), ring.dot_rows(x, gathered).astype(w.dtype)
+    found = _gather_ring(ring, None, True, False, dy, w.T, ())
+    dx, dw = found["y"], ring.dot_rows(x, found["x"])
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _matmul_reduce_scatter.defvjp(
@@ -298,29 +306,16 @@ def all_gather_matmul(
     Raises:
         ValueError: shapes that do not fit, or `dim` is the last dimension.
     """
-    size, dim = _check(x, w, axis_name, dim)
-    lanes = chunks * (2 if bidirectional else 1)
-    reason = _indivisible("rows of x", x.shape[dim], lanes, "lanes")
-    if size == 1 or reason:
+    ring = _ring(
+        x, w, axis_name, dim, chunks, bidirectional, precision, preferred_element_type
+    )
+    reason = _indivisible("rows of x", x.shape[ring.dim], ring.lanes, "lanes")
+    if ring.size == 1 or reason:
         _report("all_gather_matmul", reason)
-        gathered = lax.all_gather(x, axis_name, axis=dim, tiled=True)
-        y = jnp.matmul(
-            gathered,
-            w,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
+        gathered = lax.all_gather(x, axis_name, axis=ring.dim, tiled=True)
+        y = ring.dot(gathered, w)
         y = y if epilogue is None else epilogue(y)
     else:
-        ring = _Ring(
-            axis_name,
-            size,
-            dim,
-            lanes,
-            bidirectional,
-            precision,
-            preferred_element_type,
-        )
         constants: tuple[Any, ...] = ()
         if epilogue is not None:
             block = jax.eval_shape(ring.dot, x, w)
@@ -365,30 +360,21 @@ def matmul_reduce_scatter(
     Raises:
         ValueError: see `all_gather_matmul`.
     """
-    size, dim = _check(x, w, axis_name, dim)
-    lanes = chunks * (2 if bidirectional else 1)
-    if x.shape[dim] % size:
+    ring = _ring(
+        x, w, axis_name, dim, chunks, bidirectional, precision, preferred_element_type
+    )
+    rows = x.shape[ring.dim]
+    if rows % ring.size:
         raise ValueError(
-            f"{x.shape[dim]} rows of x (dimension {dim}) do not divide among "
-            f"{size} devices of {axis_name!r}"
+            f"{rows} rows of x (dimension {ring.dim}) do not divide among "
+            f"{ring.size} devices of {axis_name!r}"
         )
-    reason = _indivisible("rows of a block", x.shape[dim] // size, lanes, "lanes")
-    if size == 1 or reason:
+    reason = _indivisible("rows of a block", rows // ring.size, ring.lanes, "lanes")
+    if ring.size == 1 or reason:
         _report("matmul_reduce_scatter", reason)
-        y = jnp.matmul(
-            x, w, precision=precision, preferred_element_type=preferred_element_type
-        )
-        y = lax.psum_scatter(y, axis_name, scatter_dimension=dim, tiled=True)
+        y = ring.dot(x, w)
+        y = lax.psum_scatter(y, axis_name, scatter_dimension=ring.dim, tiled=True)
     else:
-        ring = _Ring(
-            axis_name,
-            size,
-            dim,
-            lanes,
-            bidirectional,
-            precision,
-            preferred_element_type,
-        )
         y: Any = _matmul_reduce_scatter(ring, x, w)
     return y if epilogue is None else epilogue(y)
 
@@ -428,31 +414,21 @@ def matmul_all_reduce(
     Raises:
         ValueError: see `all_gather_matmul`.
     """
-    size, dim = _check(x, w, axis_name, dim)
-    lanes = chunks * (2 if bidirectional else 1)
-    reason = _indivisible("rows of x", x.shape[dim], size * lanes, "devices x lanes")
-    if size == 1 or reason:
+    ring = _ring(
+        x, w, axis_name, dim, chunks, bidirectional, precision, preferred_element_type
+    )
+    blocks = ring.size * ring.lanes
+    reason = _indivisible("rows of x", x.shape[ring.dim], blocks, "devices x lanes")
+    if ring.size == 1 or reason:
         _report("matmul_all_reduce", reason)
-        y = jnp.matmul(
-            x, w, precision=precision, preferred_element_type=preferred_element_type
-        )
-        y = lax.psum(y, axis_name)
+        y = lax.psum(ring.dot(x, w), axis_name)
     else:
-        ring = _Ring(
-            axis_name,
-            size,
-            dim,
-            lanes,
-            bidirectional,
-            precision,
-            preferred_element_type,
-        )
         y: Any = _matmul_all_reduce(ring, x, w)
     return y if epilogue is None else epilogue(y)
 
 
-def _check(x: jax.Array, w: jax.Array, axis_name: str, dim: int) -> tuple[int, int]:
-    """Size of the axis, and dim as a number from 0."""
+def _ring(x, w, axis_name, dim, chunks, bidirectional, precision, accumulate) -> _Ring:
+    """The ring that the arguments describe, once they have been checked."""
     try:
         size = lax.axis_size(axis_name)
     except NameError:
@@ -467,7 +443,12 @@ def _check(x: jax.Array, w: jax.Array, axis_name: str, dim: int) -> tuple[int, i
             f"dim is {dim}; x has dimensions 0 to {x.ndim - 1}, and the last one is "
             "summed over"
         )
-    return size, dim % x.ndim
+    if chunks < 1:
+        raise ValueError(f"chunks is {chunks}; it must be at least 1")
+    lanes = chunks * (2 if bidirectional else 1)
+    return _Ring(
+        axis_name, size, dim % x.ndim, lanes, bidirectional, precision, accumulate
+    )
 
 
 def _indivisible(what: str, number: int, by: int, of: str) -> str:
