@@ -229,7 +229,7 @@ def test_a_long_ring_is_a_loop_with_the_same_numbers(monkeypatch):
     for form, (op, _) in FORMS.items():
         want = on_mesh(form, op, 8, 0, 2)(x, w, target)
         with monkeypatch.context() as patch:
-            patch.setattr("jaxlab.overlap.matmul.UNROLLED", 4)
+            patch.setattr("jaxlab.overlap.ring.UNROLLED", 4)
             looped = on_mesh(form, op, 8, 0, 2)
             text = looped.lower(x, w, target).compile().as_text()
             got = looped(x, w, target)

@@ -1,0 +1,401 @@
+"""How long a collective matmul takes in each form, predicted from shapes and a chip.
+
+A model, not a measurement: data-sheet rates, no contention between the wire and the
+product for memory, no congestion. It is there to choose, and to refuse to overlap
+where that would lose.
+
+The forms are those of `jaxlab.overlap.matmul`; every one of the `size` devices does
+the same, so one device's time is everybody's. With m = rows / size:
+
+    product(m)  2 up(m) up(k) up(n) / peak, where up() rounds up to multiples of `tile`,
+                or if longer (m k + k n + m n) itemsize / memory_rate
+    step        `lanes` products of m / lanes rows, a launch for each and its transfers
+    wire        a block's bytes / link_rate + a latency for each of its transfers; half
+                of the bytes go each way round if bidirectional, and `both_ways`
+    sum         of the block that arrived and the product: two reads and a write, at
+                the memory's rate
+    plain       product(rows) + (size - 1) wires of whole blocks + 2 launches
+    gather      writing zeros + step + (size - 1) max(step, wire)
+    scatter     max(2 steps, step / chunks + wire)
+                + (size - 2) max(step + sum, sum / chunks + wire) + sum
+    reduce      scatter, and a plain all-gather of the result
+
+More than one lane also costs cutting or joining a block. The windows are those of the
+schedules that libtpu makes for v5e: the slices of a gather are read and written by the
+products themselves; every block of a step has arrived before the next step begins; and
+in a scatter a chunk leaves as soon as it is added, which is all that chunks gain.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+Kind = Literal["gather", "scatter", "reduce"]
+Mode = Literal["plain", "ring", "bidirectional"]
+
+CHUNKS = (1, 2, 4)
+"""The numbers of chunks that `choose` tries."""
+
+MARGIN = 0.05
+"""A ring must be predicted faster than plain by this part of plain's time: the model
+is not good to less, and plain is the simpler program."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One chip and its links in a ring, as far as the model knows them."""
+
+    name: str
+    """for messages"""
+    peak: float
+    """dense bfloat16 FLOP/s of one chip"""
+    memory_rate: float
+    """bytes/s of its main memory, reads and writes together"""
+    link_rate: float
+    """bytes/s to one neighbour in the ring"""
+    latency: float
+    """seconds before the first byte of a transfer"""
+    both_ways: bool
+    """both neighbours can be sent to at once, at `link_rate` each"""
+    launch: float
+    """seconds that one more product or collective costs"""
+    tile: int
+    """rows and columns of a product are rounded up to multiples of this"""
+    overlaps: bool = True
+    """a transfer runs beside a product; XLA on CPU runs one after the other"""
+    copy_rate: float | None = None
+    """bytes/s of an addition or a copy, reads and writes together; None:
+    `memory_rate`"""
+
+
+# Rates: Google Cloud's pages on TPU v5e, v5p and v6e. The interconnect is given there
+# in Gbit/s of all links of a chip, one way: 1600 over 4, 4800 over 6 and 3200 over 4
+# links (older versions of the v6e page say 3584, and 1640 GB/s of memory). A ring of
+# the tensor axis has a link to either neighbour. Tiles: the sides of the matrix units.
+# Latencies and launches are assumptions, good to a factor of two.
+V5E = Hardware("TPU v5e", 197e12, 819e9, 50e9, 1e-6, True, 1e-6, 128)
+V5P = Hardware("TPU v5p", 459e12, 2765e9, 100e9, 1e-6, True, 1e-6, 128)
+V6E = Hardware("TPU v6e", 918e12, 1600e9, 100e9, 1e-6, True, 1e-6, 256)
+# Rates: NVIDIA's data sheet of the H100 SXM. NVLink's 900 GB/s count both directions.
+# All of a chip's links lead to the switch, so that two neighbours share the 450 GB/s
+# and the other way round brings nothing. The latency is that of a send by NCCL.
+H100 = Hardware("H100 SXM", 989e12, 3350e9, 450e9, 5e-6, False, 3e-6, 128)
+
+HARDWARE = {"v5e": V5E, "v5p": V5P, "v6e": V6E, "h100": H100}
+"""What is known, by short name."""
+
+_KINDS = {
+    "tpu v5 lite": V5E,
+    "tpu v5e": V5E,
+    "tpu v5": V5P,
+    "tpu v5p": V5P,
+    "tpu v6 lite": V6E,
+    "tpu v6e": V6E,
+    "nvidia h100 80gb hbm3": H100,  # other H100s have other memory and links
+}
+
+
+def find(device_kind: str) -> Hardware | None:
+    """The hardware that a `jax.Device.device_kind` names; None: `measure` it."""
+    return _KINDS.get(device_kind.strip().lower())
+
+
+class Choice(NamedTuple):
+    """The form that is predicted to be fastest."""
+
+    mode: Mode
+    chunks: int
+    """1 for plain"""
+    seconds: float
+    """predicted, of the form chosen"""
+    plain_seconds: float
+    """predicted, of the plain form"""
+
+
+def predict(
+    kind: Kind,
+    *,
+    rows: int,
+    k: int,
+    n: int,
+    size: int,
+    itemsize: int,
+    hardware: Hardware,
+    mode: Mode,
+    chunks: int = 1,
+    beside: int = 0,
+) -> float:
+    """Seconds that one collective matmul takes; the formulas are the module's.
+
+    Args:
+        kind: "gather" is `all_gather_matmul`, "scatter" `matmul_reduce_scatter` and
+            "reduce" `matmul_all_reduce`.
+        rows: of the whole operand, gathered or still to be scattered.
+        k: contracted size on a device.
+        n: columns on a device, of all weights that share the operand.
+        size: devices in the ring.
+        itemsize: bytes of an element of what travels; the operands in memory are taken
+            to be as wide.
+        hardware: the chips.
+        mode: the form; "bidirectional" has twice as many lanes as "ring".
+        chunks: lanes in one direction; 1 if plain.
+        beside: columns of an array that is gathered beside a scatter, as in the
+            backward pass of a gather; in the opposite direction if there is one. The
+            plain form does not have it: autodiff keeps what it gathered.
+
+    Raises:
+        ValueError: the rows do not divide among devices x lanes, or `chunks` does not
+            go with the mode.
+    """
+    if chunks < 1 or (mode == "plain" and chunks != 1):
+        raise ValueError(f"{chunks} chunks of mode {mode!r}: at least 1, plain just 1")
+    columns = k if kind == "gather" else n
+    block = rows / size * columns * itemsize
+    gather = (size - 1) * _plain_wire(block, hardware) + hardware.launch
+    if mode == "plain" or size == 1:
+        product = _product(rows, k, n, itemsize, hardware) + hardware.launch
+        collectives = 0 if size == 1 else 2 if kind == "reduce" else 1
+        return product + collectives * gather
+    lanes = chunks * (2 if mode == "bidirectional" else 1)
+    if rows % (size * lanes):
+        raise ValueError(
+            f"{rows} rows do not divide among {size} devices x {lanes} lanes"
+        )
+    step = lanes * _product(rows // size // lanes, k, n, itemsize, hardware)
+    step += lanes * (3 if beside else 2) * hardware.launch
+    copy_rate = hardware.copy_rate or hardware.memory_rate
+    column = rows / size * itemsize / copy_rate  # to read one column of a block
+    step += 2 * beside * column  # what arrives is put in its place
+    once = size * (n if kind == "gather" else beside) * column  # zeros to put it in
+    once += 2 * columns * column if lanes > 1 else 0.0  # cut, or joined at the end
+    addition = 0.0 if kind == "gather" else 3 * n * column
+    extra = rows / size * beside * itemsize
+    wire = _ring_wire(block, extra, lanes, mode == "bidirectional", hardware)
+    if kind == "reduce":
+        once += gather
+    if not hardware.overlaps:
+        return once + size * step + (size - 1) * (wire + addition)
+    if kind == "gather":
+        return once + step + (size - 1) * max(step, wire)
+    first = max(2 * step, step / chunks + wire)
+    others = max(step + addition, addition / chunks + wire)
+    return once + first + (size - 2) * others + addition
+
+
+def predict_backward(
+    kind: Kind,
+    *,
+    rows: int,
+    k: int,
+    n: int,
+    size: int,
+    itemsize: int,
+    hardware: Hardware,
+    mode: Mode,
+    chunks: int = 1,
+) -> float:
+    """Seconds of the derivatives by x and w of one collective matmul.
+
+    A gather's is a scatter ring for dx beside which x is gathered once more, a
+    scatter's a gather ring, and a reduce's has no communication; each with one whole
+    product for dw.
+
+    Args:
+        kind: that of the forward pass, for which all that follows is meant as well;
+            see `predict`.
+        rows: of the whole operand.
+        k: contracted size on a device.
+        n: columns on a device.
+        size: devices in the ring.
+        itemsize: bytes of an element of what travels.
+        hardware: the chips.
+        mode: the form.
+        chunks: lanes in one direction.
+
+    Raises:
+        ValueError: see `predict`.
+    """
+    product = _product(rows, n, k, itemsize, hardware) + hardware.launch
+    weights = _product(k, rows, n, itemsize, hardware) + hardware.launch
+    if kind == "reduce":
+        return product + weights
+    ring: dict[str, Any] = dict(rows=rows, k=n, n=k, size=size, itemsize=itemsize)
+    ring |= dict(hardware=hardware, mode=mode, chunks=chunks)
+    if kind == "gather":
+        return predict("scatter", beside=k, **ring) + weights
+    return predict("gather", **ring) + weights
+
+
+def choose(
+    kind: Kind,
+    *,
+    rows: int,
+    k: int,
+    n: int,
+    size: int,
+    itemsize: int,
+    hardware: Hardware,
+    margin: float = MARGIN,
+    backward: bool = False,
+) -> Choice:
+    """The form predicted to be fastest; plain unless a ring is, by a margin.
+
+    A form that wins forward can lose backward, where a gather's ring carries twice the
+    bytes of the plain form, which kept what it gathered.
+
+    Args:
+        kind: see `predict`, also for the next five.
+        rows: of the whole operand.
+        k: contracted size on a device.
+        n: columns on a device.
+        size: devices in the ring.
+        itemsize: bytes of an element of what travels.
+        hardware: the chips; see `find` and `measure`.
+        margin: part of plain's time that a ring must save.
+        backward: the function will be differentiated: the seconds are those of both
+            passes, which have the same form.
+    """
+
+    def seconds(mode: Mode, chunks: int) -> float:
+        form: dict[str, Any] = shape | dict(mode=mode, chunks=chunks)
+        total = predict(kind, **form)
+        return total + (predict_backward(kind, **form) if backward else 0.0)
+
+    shape: dict[str, Any] = dict(
+        rows=rows, k=k, n=n, size=size, itemsize=itemsize, hardware=hardware
+    )
+    plain = seconds("plain", 1)
+    best = Choice("plain", 1, plain, plain)
+    if size == 1 or not hardware.overlaps:
+        return best
+    limit = (1 - margin) * plain
+    modes: tuple[tuple[Mode, int], ...] = (("ring", 1), ("bidirectional", 2))
+    for mode, directions in modes:
+        for chunks in CHUNKS:
+            if rows % (size * chunks * directions):
+                continue
+            found = seconds(mode, chunks)
+            if found < min(limit, best.seconds):
+                best = Choice(mode, chunks, found, plain)
+    return best
+
+
+def _product(m: int, k: int, n: int, itemsize: int, hardware: Hardware) -> float:
+    """Seconds of [m, k] @ [k, n]: what the matrix unit or the memory needs."""
+
+    def up(size: int) -> int:
+        return -(-size // hardware.tile) * hardware.tile
+
+    moved = (m * k + k * n + m * n) * itemsize
+    return max(2 * up(m) * up(k) * up(n) / hardware.peak, moved / hardware.memory_rate)
+
+
+def _plain_wire(block: float, hardware: Hardware) -> float:
+    """Seconds of a step of XLA's own collective, which uses all there is."""
+    ways = 2 if hardware.both_ways else 1
+    return block / (ways * hardware.link_rate) + hardware.latency
+
+
+def _ring_wire(
+    block: float, beside: float, lanes: int, bidirectional: bool, hardware: Hardware
+) -> float:
+    """Seconds of a step of the ring: `lanes` transfers of `block` bytes in all.
+
+    `beside`, if any, makes as many transfers again, against the direction of the block.
+    """
+    if bidirectional:
+        each_way = ((block + beside) / 2, lanes if beside else lanes // 2)
+        other = each_way
+    else:
+        each_way, other = (block, lanes), (beside, lanes if beside else 0)
+    ways = [
+        carried / hardware.link_rate + transfers * hardware.latency
+        for carried, transfers in (each_way, other)
+    ]
+    return max(ways) if hardware.both_ways else sum(ways)
+
+
+# ------------------------------------------------------------- unknown hardware
+
+
+def measure(devices: Any = None) -> Hardware:
+    """Hardware as measured on the devices that are here, in a few seconds.
+
+    All devices work at once, as they will. Each number is the median of five timings:
+    of a product, an addition, small and large permutes in one and in both directions,
+    and chains of small products.
+
+    Args:
+        devices: sequence of the `jax.Device`s of the ring; None: all.
+
+    Raises:
+        ValueError: there are no devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("no devices to measure")
+    cpu = devices[0].platform == "cpu"
+    mesh = Mesh(np.array(devices), ("ring",), axis_types=(AxisType.Auto,))
+    count = len(devices)
+
+    def timed(body: Callable[..., Any], repeats: int, *shape: int) -> float:
+        """Median seconds of one of `repeats` calls in a program, on every device."""
+        spec = PartitionSpec("ring")
+        many = jax.jit(
+            jax.shard_map(
+                lambda x: lax.fori_loop(0, repeats, lambda _, y: body(y), x),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=spec,
+            )
+        )
+        dtype = jnp.float32 if cpu else jnp.bfloat16
+        x = jax.device_put(
+            jnp.zeros((count * shape[0], *shape[1:]), dtype),
+            jax.NamedSharding(mesh, spec),
+        )
+        jax.block_until_ready(many(x))
+        found = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(many(x))
+            found.append(time.perf_counter() - start)
+        return statistics.median(found) / repeats
+
+    def permute(x: jax.Array, shift: int) -> jax.Array:
+        pairs = [(i, (i + shift) % count) for i in range(count)]
+        return lax.ppermute(x, "ring", pairs)
+
+    def both(x: jax.Array) -> jax.Array:
+        halves = jnp.split(x, 2)
+        return jnp.concatenate([permute(halves[0], 1), permute(halves[1], -1)])
+
+    tile = 16 if cpu else 128
+    side = 384 if cpu else 8192
+    words = 2**20 if cpu else 2**27
+    itemsize = 4 if cpu else 2
+    product = timed(lambda x: x @ x, 4, side, side)
+    addition = timed(lambda x: x + 1, 4, words)
+    small = timed(lambda x: permute(x, 1), 8, 256)
+    large = timed(lambda x: permute(x, 1), 4, words)
+    large_both = timed(both, 4, words)
+    launch = timed(lambda x: x @ x, 64, tile, tile)
+    return Hardware(
+        name=f"{devices[0].device_kind} (measured)",
+        peak=2 * side**3 / product,
+        memory_rate=2 * words * itemsize / addition,
+        link_rate=words * itemsize / max(large - small, large / 2),
+        latency=small,
+        both_ways=count > 2 and large_both < 0.75 * large,
+        launch=launch,
+        tile=tile,
+        overlaps=not cpu,
+    )
