@@ -4,9 +4,7 @@
     python benchmarks/noloco_links.py --quick
 
 Linux only. Every process of a `jax.distributed` job on CPU (gloo) has a network
-namespace of its own; veth pairs join them to a bridge in another, and `tc` limits
-what each may send (tbf). Nothing of the host's network is touched, and what was made
-is removed at the end.
+namespace of its own, and what each may send is limited (common/namespaces.py).
 
 A trial: all processes start an exchange at the same moment of the machine's clock,
 and each says when it had its result. In each round the arms take turns on the same
@@ -38,19 +36,26 @@ import itertools
 import json
 import os
 import platform
-import select
-import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.namespaces import (
+    INTERFACE,
+    START_SECONDS,
+    Job,
+    address,
+    network,
+    shape,
+    stop_on_signals,
+    summary,
+    tool,
+)
 
 from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import UserError
@@ -62,8 +67,6 @@ ARMS: dict[str, dict[str, str]] = {
     "all_reduce": {"pairing": "all"},
 }
 LEAVES, COLUMNS, SEED = 4, 1024, 0
-INTERFACE = "eth0"
-START_SECONDS, ANSWER_SECONDS = 180, 60  # before a process counts as stuck
 QUICK = dict(processes=(4,), rates=(0, 200), sizes=(4,), rounds=2, slow_size=4)
 
 
@@ -215,50 +218,7 @@ def work(index: int, processes: int) -> None:
     os._exit(0)  # the others may be gone, and a farewell would wait for them
 
 
-# ----------------------------------------------------------------- the network
-
-
-@contextlib.contextmanager
-def network(processes: int) -> Iterator[tuple[str, list[str]]]:
-    """Namespaces: of the bridge, and of each process. All links go with them."""
-    switch, *names = (f"jaxlab-{os.getpid()}-{i}" for i in range(processes + 1))
-    link = ("ip", "-n", switch, "link")
-    made = []
-    try:
-        for name in (switch, *names):
-            made.append(name)
-            tool("ip", "netns", "add", name)
-            tool("ip", "-n", name, "link", "set", "lo", "up")
-        tool(*link, "add", "bridge", "type", "bridge", "forward_delay", "0")
-        tool(*link, "set", "bridge", "up")
-        for i, name in enumerate(names):
-            peer = ("peer", "name", INTERFACE, "netns", name)
-            tool(*link, "add", f"port{i}", "type", "veth", *peer)
-            tool(*link, "set", f"port{i}", "master", "bridge", "up")
-            tool("ip", "-n", name, "addr", "add", f"{address(i)}/24", "dev", INTERFACE)
-            tool("ip", "-n", name, "link", "set", INTERFACE, "up")
-        yield switch, names
-    finally:
-        for name in made:
-            with contextlib.suppress(FileNotFoundError):  # no ip: said already
-                subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def address(index: int) -> str:
-    """Of a process."""
-    return f"10.77.0.{index + 1}"
-
-
-def shape(name: str, device: str, mbit: float) -> None:
-    """Limits what a device of a namespace sends; 0: no limit.
-
-    The burst goes at any speed, so it must be small beside a message, and yet as long
-    as the kernel's timer needs. A queue that overflows costs a time-out of TCP.
-    """
-    burst = max(16 * 2**10, int(mbit * 1e6 / 8 * 0.5e-3))
-    kind = ["tbf", "rate", f"{int(mbit * 1000)}kbit", "burst", str(burst)]
-    kind = [*kind, "limit", str(32 * 2**20)] if mbit else ["noqueue"]
-    tool("tc", "-n", name, "qdisc", "replace", "dev", device, "root", *kind)
+# ------------------------------------------------------------- the measurement
 
 
 def delay(switch: str, ports: int, milliseconds: float) -> bool:
@@ -272,88 +232,9 @@ def delay(switch: str, ports: int, milliseconds: float) -> bool:
     return True
 
 
-def tool(*command: str) -> None:
-    """Runs ip or tc."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} is not installed (package iproute2)") from None
-    if done.returncode:
-        why = " ".join(done.stderr.split()) or f"exit {done.returncode}"
-        raise UserError(f"no shaped links, root has them: {' '.join(command)}: {why}")
-
-
-def bytes_sent(pid: int) -> int:
-    """Bytes that have left the interface in the namespace of a process."""
-    lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
-    counts = next(x for x in lines if f"{INTERFACE}:" in x).partition(":")[2]
-    return int(counts.split()[8])
-
-
-# ------------------------------------------------------------- the measurement
-
-
-class Job:
-    """The processes of one job, and how to ask them all at once."""
-
-    def __init__(self, names: list[str], log: Any) -> None:
-        self.log, self.processes = log, []
-        path = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        for i, name in enumerate(names):
-            inside = ["ip", "netns", "exec", name, "unshare", "--uts", sys.executable]
-            program = [__file__, "--process", str(i), str(len(names))]
-            # A session of its own: Ctrl-C is for the one that cleans up.
-            process = subprocess.Popen(
-                inside + program, env=os.environ | path, start_new_session=True, **pipes
-            )
-            self.processes.append(process)
-
-    def close(self) -> None:
-        """Ends the processes, gently first."""
-        for process in self.processes:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-        end = time.monotonic() + 2
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def ask(self, **order: Any) -> list[dict[str, Any]]:
-        """Sends an order to all; their answers."""
-        for process in self.processes:
-            with contextlib.suppress(BrokenPipeError):  # found below
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.flush()
-        return self.answers(ANSWER_SECONDS)
-
-    def answers(self, seconds: float) -> list[dict[str, Any]]:
-        """One line of each process."""
-        end, found = time.monotonic() + seconds, []
-        for index, process in enumerate(self.processes):
-            left = max(0.0, end - time.monotonic())
-            ready, _, _ = select.select([process.stdout], [], [], left)
-            line = process.stdout.readline() if ready else b""
-            if not line:
-                what = "ended" if ready else f"did not answer in {seconds:.0f} s"
-                self.log.seek(0)
-                said = self.log.read().decode(errors="replace").split()
-                raise UserError(f"process {index} {what}: {' '.join(said)[-300:]}")
-            found.append(json.loads(line))
-        return found
-
-    def trial(self, arm: str, size: int, row: tuple[int, ...]) -> dict[str, list]:
-        """One exchange, started by all at the same moment."""
-        before = [bytes_sent(p.pid) for p in self.processes]
-        at = time.monotonic() + 0.05
-        ran = self.ask(arm=arm, mebibytes=size, row=row_for(arm, row), at=at)
-        after = [bytes_sent(p.pid) for p in self.processes]
-        found = {k: [x[k] for x in ran] for k in ("seconds", "cpu")}
-        sent = [b - a for a, b in zip(before, after, strict=True)]
-        return {**found, "bytes": sent}
+def order(arm: str, size: int, row: tuple[int, ...]) -> dict[str, Any]:
+    """What to tell all processes for one exchange."""
+    return {"arm": arm, "mebibytes": size, "row": row_for(arm, row)}
 
 
 def row_for(arm: str, row: tuple[int, ...]) -> tuple[int, ...]:
@@ -366,7 +247,7 @@ def warm_up(job: Job, sizes: set[int], rows: list[tuple[int, ...]]) -> dict[str,
     apart = {}
     for arm, size in itertools.product(ARMS, sorted(sizes)):
         mine = sorted({row_for(arm, row) for row in rows})
-        ran = [job.ask(arm=arm, mebibytes=size, row=row, at=0) for row in mine]
+        ran = [job.ask(**order(arm, size, row), at=0) for row in mine]
         if size == min(sizes):
             got = np.asarray([[x["sample"] for x in answers] for answers in ran])
             apart[arm] = float(np.abs(got - simulated(arm, mine, size)).max())
@@ -386,16 +267,11 @@ def bytes_of(arm: str, processes: int, mebibytes: int) -> int:
     return exchange_bytes(params, axis_size=processes, **ARMS[arm])
 
 
-def summary(values: list[float]) -> list[float]:
-    """Median, least and most."""
-    return [round(f(values), 5) for f in (statistics.median, min, max)]
-
-
 def time_arms(job: Job, rate: int, size: int, rows: list) -> Iterator[dict[str, Any]]:
     """All arms in turns, each with the partners of the round."""
     trials: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     for row, arm in itertools.product(rows, ARMS):
-        trials[arm].append(job.trial(arm, size, row))
+        trials[arm].append(job.trial(**order(arm, size, row)))
     for arm, of in trials.items():
         computed = bytes_of(arm, len(job.processes), size)
         yield {
@@ -417,7 +293,7 @@ def time_slow_link(job: Job, size: int, rows: list) -> Iterator[dict[str, Any]]:
     slow = len(job.processes) - 1
     trials: dict[str, list] = {"gossip": [], "all_reduce": []}
     for row, arm in itertools.product(rows, trials):
-        trials[arm].append((row, job.trial(arm, size, row)["seconds"]))
+        trials[arm].append((row, job.trial(**order(arm, size, row))["seconds"]))
     for arm, of in trials.items():
         seconds: dict[str, list[float]] = {"slow": [], "partner": [], "others": []}
         for row, took in of:
@@ -438,7 +314,7 @@ def measure_job(processes: int, options: Options) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
         switch, names = stack.enter_context(network(processes))
-        job = Job(names, log)
+        job = Job(names, __file__, log)
         stack.callback(job.close)
         report |= job.answers(START_SECONDS)[0]
         delayed = bool(options.delay) and delay(switch, processes, options.delay)
@@ -470,9 +346,7 @@ def main(arguments: list[str]) -> None:
         return
     options = parse_options(Options, arguments, "benchmarks/noloco_links.py")
     options = dataclasses.replace(options, **(QUICK if options.quick else {}))
-    # To clean up in either case; a shell has its background jobs ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    stop_on_signals()
     report = {
         "benchmark": "noloco_links",
         "options": dataclasses.asdict(options),

@@ -6,7 +6,6 @@ simulation's, and that nothing is left behind.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,51 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.multi.namespaces import interrupt
+
 FILE = Path(__file__).parents[2] / "benchmarks" / "noloco_links.py"
 GOSSIP = ("gossip", "gossip_bfloat16", "gossip_int8")
 
 
 def command(*options):
     return [sys.executable, str(FILE), *options]
-
-
-def namespaces():
-    listing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
-    return {line.split()[0] for line in listing.stdout.splitlines() if line.strip()}
-
-
-def missing():
-    """Why this machine cannot shape links; "" if it can."""
-    for tool in ("ip", "tc", "unshare"):
-        if shutil.which(tool) is None:
-            return f"{tool} is not installed"
-    if os.geteuid():
-        return "network namespaces need root"
-    name = f"jaxlab-probe-{os.getpid()}"
-    tbf = ("root", "tbf", "rate", "1mbit", "burst", "16kb", "limit", "1mb")
-    try:
-        for words in (
-            ("ip", "netns", "add", name),
-            ("tc", "-n", name, "qdisc", "add", "dev", "lo", *tbf),
-            ("ip", "netns", "exec", name, "unshare", "--uts", "true"),
-        ):
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                return f"{' '.join(words)}: {done.stderr.strip()}"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    return ""
-
-
-@pytest.fixture(scope="module")
-def links():
-    """Skips where there are no namespaces; checks that none is left."""
-    why = missing()
-    if why:
-        pytest.skip(f"no shaped links: {why}")
-    before = namespaces()
-    yield
-    assert namespaces() <= before
 
 
 def test_what_processes_send_and_compute(links):
@@ -85,31 +47,9 @@ def test_what_processes_send_and_compute(links):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(links, number):
-    before = namespaces()
-    run = subprocess.Popen(
-        command("--processes", "2", "--slow-rate", "0", "--rates", "8", "--sizes", "1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        # The job runs when it says so, and this goes on for minutes.
-        assert "compiled" in run.stderr.readline()
-        mine = [n for n in namespaces() - before if f"-{run.pid}-" in n]
-        assert len(mine) == 3
-        inside = subprocess.run(
-            ["ip", "netns", "pids", sorted(mine)[-1]], capture_output=True, text=True
-        )
-        assert inside.stdout.split()
-        run.send_signal(number)
-        assert run.wait(60) == 130
-    finally:
-        run.kill()
-        run.stderr.close()
-    assert not [n for n in namespaces() if f"-{run.pid}-" in n]
-    for pid in inside.stdout.split():
-        assert not Path(f"/proc/{pid}").exists()
+    # The job runs when it says so, and this goes on for minutes.
+    shape = ("--processes", "2", "--slow-rate", "0", "--rates", "8", "--sizes", "1")
+    interrupt(command(*shape), number, "compiled")
 
 
 def test_without_the_tools_it_says_so_in_one_line():
