@@ -110,6 +110,15 @@ class MeshShape:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """Who places the collectives, where the mesh axis `tensor` is more than one."""
+
+    overlap: Literal["off", "plain", "auto", "ring", "bidirectional"] = "off"
+    """off: the compiler; plain: the model, which is then sequence-parallel; ring and
+    bidirectional: it, hidden behind its matmuls; auto: where that is worth it"""
+
+
+@dataclass(frozen=True)
 class Distributed:
     """Processes of the job; found by themselves under SLURM, TPU, Kubernetes, MPI."""
 
@@ -198,6 +207,7 @@ class Run:
     data: Data = field(default_factory=Data)
     optimizer: AdamW | NoLoCo = field(default_factory=AdamW)
     mesh: MeshShape = field(default_factory=MeshShape)
+    parallel: Parallel = field(default_factory=Parallel)
     distributed: Distributed = field(default_factory=Distributed)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -416,3 +426,10 @@ def validate(run: Run, mesh: MeshShape) -> None:
     ):
         if value is None or value % size:
             raise ConfigError(f"{name} {value} is not a multiple of {axis} {size}")
+    how = run.parallel.overlap
+    if how != "off" and run.length % mesh.tensor:
+        raise ConfigError(
+            f"length {run.length} is not a multiple of mesh.tensor {mesh.tensor}, and "
+            f"parallel.overlap {how} cuts the time by it; change one of them, or set "
+            "--parallel.overlap off"
+        )

@@ -13,14 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from jaxlab import config, data, optim, replicas
+from jaxlab import config, data, manual, optim, replicas
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.mesh import make_mesh
+from jaxlab.mesh import make_mesh, partition_spec
 from jaxlab.models import gpt
 from jaxlab.state import TrainState, new_state, state_shardings, with_shardings
-from jaxlab.step import eval_step, mean_loss, train_step
+from jaxlab.step import (
+    Gradient,
+    eval_step,
+    mean_gradient,
+    mean_loss,
+    train_step,
+    update,
+)
 
 
 class Program(NamedTuple):
@@ -45,6 +52,8 @@ class Program(NamedTuple):
     """arguments of `optim.outer_step`; None: all devices train one model"""
     evaluate_each: Callable[[Any, Any], Any] | None
     """jitted: sums of `eval_step` of each replica"""
+    overlap_report: Callable[[], Any] | None
+    """what `overlap.explain` says of the model, to print; None: nothing overlaps"""
 
 
 def adopt_init(run: config.Run) -> config.Run:
@@ -123,14 +132,11 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(fresh)
     shardings = state_shardings(shapes, gpt.param_names(model), tx, mesh)
-    step = partial(
-        train_step,
-        apply=apply,
-        tx=tx,
-        z_loss=run.z_loss,
-        ema=run.ema,
-        on_nonfinite=run.on_nonfinite,
-    )
+    gradient, report = partial(mean_gradient, apply=apply, z_loss=run.z_loss), None
+    by_hand = run.parallel.overlap != "off" and mesh.shape[manual.TENSOR] > 1
+    if by_hand:
+        gradient, report = _by_hand(run, mesh, shapes.params, outer is not None)
+    options: Any = {"tx": tx, "ema": run.ema, "on_nonfinite": run.on_nonfinite}
     evaluate = partial(eval_step, apply=apply)
 
     def weights(state: TrainState) -> Any:
@@ -143,18 +149,33 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
             with_shardings(shapes, shardings),
             init=jax.jit(fresh, out_shardings=shardings),
             from_params=jax.jit(make, out_shardings=shardings),
-            step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+            step=jax.jit(
+                partial(train_step, gradient=gradient, **options),
+                donate_argnums=0,
+                out_shardings=(shardings, None),
+            ),
             evaluate=jax.jit(evaluate),
             weights=weights,
             outer=None,
             evaluate_each=None,
+            overlap_report=report,
         )
 
     count = outer["axis_size"]
     mean = jax.jit(optim.mean_params, out_shardings=shardings.params)
     shapes = jax.eval_shape(partial(optim.replicate, axis_size=count), shapes)
     shardings = replicas.lead(shardings, mesh, count)
-    step = partial(step, exchange=partial(optim.outer_step, **outer))
+    options["exchange"] = partial(optim.outer_step, **outer)
+    if by_hand:
+        # `gradient` is one flat shard_map over the mesh, and none may lie in another,
+        # so the rest of the step has its own.
+        spread_update = replicas.spread_update(partial(update, **options), shapes, mesh)
+
+        def step(state, batch):
+            return spread_update(state, *gradient(state.params, batch))
+    else:
+        one = partial(train_step, gradient=gradient, **options)
+        step = replicas.spread_step(one, shapes, mesh)
     return Program(
         run,
         mesh,
@@ -164,16 +185,63 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
             lambda params: optim.replicate(make(params), count),
             out_shardings=shardings,
         ),
-        step=jax.jit(
-            replicas.spread_step(step, shapes, mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        ),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(evaluate),
         weights=lambda state: mean(weights(state)),
         outer=outer,
         evaluate_each=jax.jit(replicas.spread_evaluation(evaluate, mesh)),
+        overlap_report=report,
     )
+
+
+def _by_hand(
+    run: config.Run, mesh: Mesh, params: Any, replicas_apart: bool
+) -> tuple[Gradient, Callable[[], Any] | None]:
+    """`mean_gradient` with the mesh handled by hand, as `run.parallel` says.
+
+    Args:
+        run: the config with its model resolved.
+        mesh: the run's.
+        params: shapes of one replica's weights.
+        replicas_apart: weights, gradient and loss lead with the axis `replica`.
+
+    Returns:
+        (params, batch) to gradient and loss on the whole mesh, and `overlap_report`.
+    """
+    model = gpt.GPT(gpt.local(run.model, mesh.shape[manual.TENSOR]), by_hand=True)
+    specs = manual.param_specs(gpt.param_names(run.model))
+
+    def forward(params, tokens_bt, segments_bt):
+        return model.apply({"params": params}, tokens_bt, segments_bt=segments_bt)
+
+    run_forward, report = forward, None
+    how = run.parallel.overlap
+    if how != "plain" and how != "off":
+        from jaxlab import overlap
+
+        policy = overlap.Policy(mode=how, axes=(manual.TENSOR,))
+        run_forward = overlap.overlap(forward, policy=policy, on_skip="ignore")
+        rows = run.batch // run.accumulate
+        tokens = jax.ShapeDtypeStruct((1, rows, run.length), jnp.int32)
+        logits = manual.spread(
+            lambda params, tokens_abt: forward(params, tokens_abt[0], None),
+            specs,
+            partition_spec(("batch", None, "vocab")),
+            mesh,
+        )
+        report = partial(overlap.explain, logits, params, tokens, policy=policy)
+
+    def apply(variables, tokens_bt, *, segments_bt):
+        return run_forward(variables["params"], tokens_bt, segments_bt)
+
+    gradient = partial(
+        mean_gradient,
+        apply=apply,
+        z_loss=run.z_loss,
+        row_axes=manual.row_axes(replicas_apart),
+    )
+    results = (specs, PartitionSpec())
+    return manual.spread(gradient, specs, results, mesh, replicas_apart), report
 
 
 def description(program: Program, tokenizer_fingerprint: str) -> dict[str, Any]:

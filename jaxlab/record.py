@@ -37,6 +37,7 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
     if made.outer:
         every, pairing = made.outer["inner_steps"], made.outer["pairing"]
         yield f"replicas  {count}, exchanging every {every} steps ({pairing})"
+    yield from _tensor(made)
     yield (
         f"data      {run.data.corpus}: {len(tokens.train):,} tokens to train on, "
         f"{len(tokens.eval):,} held out, vocabulary {tokens.tokenizer.vocab_size}"
@@ -50,6 +51,20 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
         f"state     {where if resumed is None else f'restored from step {resumed}'}, "
         f"in {run.out}"
     )
+
+
+def _tensor(made: Program) -> Iterator[str]:
+    """What becomes of `parallel.overlap`; nothing if it is off."""
+    how = made.run.parallel.overlap
+    if how == "off":
+        return
+    if made.mesh.shape["tensor"] == 1:
+        yield f"tensor    one device: parallel.overlap {how} has nothing to do"
+    elif made.overlap_report is None:
+        yield "tensor    collectives by hand, one after the other with the matmuls"
+    else:
+        yield f"tensor    collectives by hand, overlapped ({how})"
+        yield str(made.overlap_report())
 
 
 def write_run(made: Program, tokens: Tokens, write: metrics.Writer, start: int) -> None:

@@ -42,18 +42,43 @@ def spread_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Callable[..
     Returns:
         the step on [replica, ...], each with its part of the rows of the batch.
     """
+    return _spread(step, state, mesh, PartitionSpec(None, AXIS))
+
+
+def spread_update(
+    update: Callable[..., Any], state: Any, mesh: Mesh
+) -> Callable[..., Any]:
+    """Makes one replica's `step.update` that of all.
+
+    For gradients made apart: (state, gradient, loss) to state and metrics.
+
+    Args:
+        update: of one replica, with an `exchange`.
+        state: see `spread_step`.
+        mesh: see `spread_step`.
+    """
+
+    def one(state, own):
+        return update(state, *jax.tree.map(lambda x: x[0], own))
+
+    spread = _spread(one, state, mesh, PartitionSpec(AXIS))
+    return lambda state, gradient, loss: spread(state, (gradient, loss))
+
+
+def _spread(step, state, mesh, spec):
+    """(state, other) -> (state, metrics), where `other` is cut as `spec` says."""
     specs = optim.replica_specs(state, AXIS)
 
-    def one(state, batch):
+    def one(state, other):
         state = optim.map_replicas(lambda x: x[0], lambda x: x, state)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, other)
         state = optim.map_replicas(lambda x: x[None], lambda x: x, state)
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return jax.shard_map(
         one,
         mesh=mesh,
-        in_specs=(specs, PartitionSpec(None, AXIS)),
+        in_specs=(specs, spec),
         out_specs=(specs, PartitionSpec(AXIS)),
         axis_names={AXIS},
     )

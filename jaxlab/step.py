@@ -1,6 +1,7 @@
 """The pure functions at the centre: one training step, one evaluation step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -9,17 +10,29 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxlab import manual
 from jaxlab.data import Batch
 from jaxlab.state import TrainState
 
 Apply = Callable[..., Any]
 """`model.apply`: ({"params": ...}, tokens_bt) to logits, float32[b, t, v]."""
 
+Gradient = Callable[[Any, Batch], tuple[Any, Array]]
+"""`mean_gradient` with its options: (params, batch) to gradient and loss."""
+
 
 def cross_entropy(
-    logits_btv: Float[Array, "b t v"], targets_bt: Int[Array, "b t"]
+    logits_btv: Float[Array, "b t v"],
+    targets_bt: Int[Array, "b t"],
+    by_hand: bool = False,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Negative log-likelihood (nats) and log-partition of each token."""
+    """Negative log-likelihood (nats) and log-partition of each token.
+
+    By hand the logits are this device's part of the vocabulary (`jaxlab.manual`).
+    """
+    if by_hand:
+        log_z_bt = manual.log_partition(logits_btv)
+        return log_z_bt - manual.pick(logits_btv, targets_bt), log_z_bt
     log_z_bt = jax.nn.logsumexp(logits_btv, axis=-1)
     if _vocabulary_cut_in_shard_map():
         hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1])[None, None]
@@ -42,7 +55,12 @@ def _vocabulary_cut_in_shard_map() -> bool:
 
 
 def summed_loss(
-    params: Any, batch_bt: Batch, *, apply: Apply, z_loss: float
+    params: Any,
+    batch_bt: Batch,
+    *,
+    apply: Apply,
+    z_loss: float,
+    by_hand: bool = False,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Sum over a micro-batch's targets of mask * (nll + z_loss * log_z^2).
 
@@ -53,14 +71,19 @@ def summed_loss(
     """
     inputs_bt, targets_bt, mask_bt, segments_bt = jax.tree.map(jnp.asarray, batch_bt)
     logits_btv = apply({"params": params}, inputs_bt, segments_bt=segments_bt)
-    nll_bt, log_z_bt = cross_entropy(logits_btv, targets_bt)
+    nll_bt, log_z_bt = cross_entropy(logits_btv, targets_bt, by_hand)
     nll = jnp.sum(mask_bt * nll_bt)
     total = nll + z_loss * jnp.sum(mask_bt * log_z_bt**2) if z_loss else nll
     return total, (nll, jnp.sum(mask_bt))
 
 
 def mean_gradient(
-    params: Any, batch: Batch, *, apply: Apply, z_loss: float = 0.0
+    params: Any,
+    batch: Batch,
+    *,
+    apply: Apply,
+    z_loss: float = 0.0,
+    row_axes: tuple[str, ...] | None = None,
 ) -> tuple[Any, Array]:
     """Gradient of the mean loss over all targets of all micro-batches.
 
@@ -72,20 +95,26 @@ def mean_gradient(
         batch: arrays [microbatch, row, time].
         apply: the model.
         z_loss: weight of the squared log-partition.
+        row_axes: with them `apply` handles the mesh by hand, params and batch are what
+            this device holds, and the sums are over these axes (`jaxlab.manual`).
 
     Returns:
         gradient like `params`, and the mean nll (nats per token).
     """
-    one = jax.grad(summed_loss, has_aux=True)
+    by_hand = row_axes is not None
+    loss = partial(summed_loss, apply=apply, z_loss=z_loss, by_hand=by_hand)
+    one = jax.grad(loss, has_aux=True)
+    if row_axes is not None:
+        params = manual.own(params, row_axes)
 
     def add(total, micro):
-        return jax.tree.map(
-            jnp.add, total, one(params, micro, apply=apply, z_loss=z_loss)
-        ), None
+        return jax.tree.map(jnp.add, total, one(params, micro)), None
 
-    total = one(params, jax.tree.map(lambda x: x[0], batch), apply=apply, z_loss=z_loss)
+    total = one(params, jax.tree.map(lambda x: x[0], batch))
     if batch.inputs_abt.shape[0] > 1:
         total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], batch))
+    if row_axes is not None:
+        total = manual.add_up(total, row_axes)
     gradient, (nll, count) = total
     count = jnp.maximum(count, 1.0)
     return jax.tree.map(lambda g: g / count, gradient), nll / count
@@ -95,14 +124,31 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    apply: Apply,
+    gradient: Gradient,
+    **options: Any,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step, of the whole model or of one of its replicas.
+
+    Args:
+        state: before the step.
+        batch: arrays [microbatch, row, time].
+        gradient: `mean_gradient` with its options.
+        options: see `update`, which has the rest.
+    """
+    return update(state, *gradient(state.params, batch), **options)
+
+
+def update(
+    state: TrainState,
+    gradient: Any,
+    loss: Array,
+    *,
     tx: optax.GradientTransformation,
-    z_loss: float = 0.0,
     ema: float | None = None,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     exchange: Callable[[Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step, of the whole model or of one of its replicas.
+    """The part of a step that comes after the gradient.
 
     A step whose loss or gradient is not finite changes no weights. With "skip" it
     is counted and passed over; with "stop" no later step changes anything either,
@@ -110,10 +156,9 @@ def train_step(
 
     Args:
         state: before the step.
-        batch: arrays [microbatch, row, time].
-        apply: the model.
+        gradient: of the mean loss, like the weights.
+        loss: mean nll, nats per token.
         tx: the optimizer.
-        z_loss: weight of the squared log-partition in the loss.
         ema: decay of the moving average of the weights.
         on_nonfinite: see above.
         exchange: what replicas do after the step, `optim.outer_step` with its
@@ -125,7 +170,6 @@ def train_step(
         `grad_norm`, `param_norm`, `finite` (bool), `skipped` (steps so far); with
         an exchange also its `replica_std`.
     """
-    gradient, loss = mean_gradient(state.params, batch, apply=apply, z_loss=z_loss)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)

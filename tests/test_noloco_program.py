@@ -278,6 +278,26 @@ def test_a_step_permutes_inside_the_conditional_and_nothing_else():
         )
 
 
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=1,'c'=2] {'c'}", ((0, 1), (2, 3))),
+        ("mesh['a'=2,'b'=1,'c'=2] {'a','b'}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+        ("mesh['a'=2,'c'=2], device_ids=([2,2]T(1,0)) {'c'}", ((0, 2), (1, 3))),
+        ("mesh['a'=4] {'a':(1)2}", ()),  # part of an axis: not read, so it is all
+    ],
+)
+def test_groups_are_read_in_every_notation(written, groups):
+    text = f"""ENTRY %main (p: f32[2]) -> f32[2] {{
+  %sum = f32[2] all-reduce(%p), channel_id=1, replica_groups={written}, to_apply=%add
+}}"""
+    assert [c.groups for c in collectives(text)] == [groups]
+
+
 NUMBERS = sum(a * b for a, b in itertools.pairwise(WIDTHS))
 SCALES = sum(a for a, _ in itertools.pairwise(WIDTHS))
 

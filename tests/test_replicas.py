@@ -61,6 +61,10 @@ MESHES = [
     (dict(replica=4, data=1, fsdp=2), {}),
     (dict(replica=2, data=2, fsdp=2), dict(accumulate=2)),
     (dict(replica=2, data=1, fsdp=2, tensor=2), dict(ema=0.9)),
+    (
+        dict(replica=2, data=1, fsdp=2, tensor=2),
+        dict(parallel=config.Parallel("plain")),
+    ),
 ]
 
 

@@ -34,6 +34,7 @@ def params():
 
 
 apply = gpt.GPT(MODEL).apply
+gradient = partial(mean_gradient, apply=apply)
 
 
 @settings(deadline=None, max_examples=30)
@@ -163,7 +164,7 @@ def test_schedules_equal_their_formulas(kind, steps, warmup):
 
 def run_steps(params, batches, jit=True, **options):
     tx = optim.adamw(1e-2)
-    step = partial(train_step, apply=apply, tx=tx, **options)
+    step = partial(train_step, gradient=gradient, tx=tx, **options)
     step = jax.jit(step) if jit else step
     state = new_state(params, tx, options.get("ema") is not None)
     for batch in batches:
@@ -191,7 +192,7 @@ def test_ema_is_the_weighted_mean_of_the_weights(params):
     state = new_state(params, tx, True)
     average = jax.tree.map(np.float64, params)
     for i in range(3):
-        state, _ = train_step(state, make_batch(i), apply=apply, tx=tx, ema=0.75)
+        state, _ = train_step(state, make_batch(i), gradient=gradient, tx=tx, ema=0.75)
         average = jax.tree.map(
             lambda a, p: 0.75 * a + 0.25 * np.float64(p), average, state.params
         )

@@ -5,10 +5,15 @@ Face's Llama has them), grouped-query attention, SwiGLU or GELU, no biases. Each
 parameter carries the logical names of its dimensions (`jaxlab.mesh.RULES` maps
 them to the mesh); weights are float32, and are cast to `config.dtype` where used.
 
+With `by_hand` the modules run inside a `shard_map` over the mesh, on the sizes of
+`local`, and are sequence-parallel: between the sub-layers x_btd holds this device's
+part of the time, and the logits its part of the vocabulary (`jaxlab.manual`).
+
 Dims: b rows, t time, s cache slots, d width, h query heads, k key heads,
 e head width, f hidden width of the MLP, v vocabulary, l layers.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlab import config
+from jaxlab import config, manual
+from jaxlab.manual import gather_rows, look_up, scatter_rows
 from jaxlab.mesh import constrain
 from jaxlab.models import kernels
 
@@ -102,32 +108,47 @@ class Linear(nn.Module):
     names: tuple[str, str]
     scale: float = 1.0
     """variance of the initial kernel times its input width"""
+    by_hand: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(
             self.scale, "fan_in", "truncated_normal"
         )
-        kernel: Any = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, self.names),
-            (x.shape[-1], self.features),
-        )
-        return kernels.matmul(x, kernel.astype(x.dtype))
+        shape = (x.shape[-1], self.features)
+        kernel = _weight(self, "kernel", init, shape, self.names, x.dtype, self.by_hand)
+        return _matmul(x, kernel, self.by_hand)
+
+
+def _weight(module, name, init, shape, names, dtype, by_hand) -> Any:
+    """A weight in the compute type, whole along `fsdp`."""
+    init = nn.with_logical_partitioning(init, names)
+    if not by_hand:
+        return module.param(name, init, shape).astype(dtype)
+    held = module.param(name, init, manual.held_shape(shape, names))
+    return manual.gather_weight(held.astype(dtype), names)
+
+
+def _matmul(x: Array, kernel: Array, by_hand: bool) -> Array:
+    # Beside collectives a bare product, for `jaxlab.overlap` to see.
+    return kernels.matmul(x, kernel, True if by_hand else None)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary embeddings (arXiv 2305.13245)."""
 
     model: config.GPT
+    by_hand: bool = False
 
     @nn.compact
     def __call__(self, x_btd, turn_bte, mask_bts, positions_bt, cache):
         c = self.model
+        linear = partial(Linear, by_hand=self.by_hand)
+        x_btd = gather_rows(x_btd, self.by_hand)
         b, t, _ = x_btd.shape
 
         def heads(name, count, axis):
-            x = Linear(count * c.head_dim, ("embed", axis), name=name)(x_btd)
+            x = linear(count * c.head_dim, ("embed", axis), name=name)(x_btd)
             return constrain(
                 x.reshape(b, t, count, c.head_dim), "batch", None, axis, None
             )
@@ -147,38 +168,43 @@ class Attention(nn.Module):
             )
             k_btke, v_btke = cache
         out_bthe = kernels.attention(q_bthe, k_btke, v_btke, mask_bts)
-        out = Linear(c.width, ("heads", "embed"), 1 / (2 * c.layers), name="out")
-        return out(out_bthe.reshape(b, t, -1)), cache
+        out = linear(c.width, ("heads", "embed"), 1 / (2 * c.layers), name="out")
+        y_btd = out(out_bthe.reshape(b, t, -1))
+        return scatter_rows(y_btd, self.by_hand), cache
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202) or GELU feed-forward layer."""
 
     model: config.GPT
+    by_hand: bool = False
 
     @nn.compact
     def __call__(self, x_btd):
         c = self.model
         assert c.mlp, "resolve the config first"
-        hidden = partial(Linear, c.mlp, ("embed", "mlp"))
+        linear = partial(Linear, by_hand=self.by_hand)
+        x_btd = gather_rows(x_btd, self.by_hand)
+        hidden = partial(linear, c.mlp, ("embed", "mlp"))
         if c.activation == "swiglu":
             h_btf = nn.silu(hidden(name="gate")(x_btd)) * hidden(name="up")(x_btd)
         else:
             h_btf = nn.gelu(hidden(name="up")(x_btd))
         h_btf = constrain(h_btf, "batch", None, "mlp")
-        down = Linear(c.width, ("mlp", "embed"), 1 / (2 * c.layers), name="down")
-        return down(h_btf)
+        down = linear(c.width, ("mlp", "embed"), 1 / (2 * c.layers), name="down")
+        return scatter_rows(down(h_btf), self.by_hand)
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     model: config.GPT
+    by_hand: bool = False
 
     @nn.compact
     def __call__(self, x_btd, cache, turn_bte, mask_bts, positions_bt):
-        eps = self.model.norm_eps
-        y_btd, cache = Attention(self.model, name="attention")(
+        eps, by_hand = self.model.norm_eps, self.by_hand
+        y_btd, cache = Attention(self.model, by_hand, name="attention")(
             RMSNorm(eps, name="attention_norm")(x_btd),
             turn_bte,
             mask_bts,
@@ -186,7 +212,9 @@ class Block(nn.Module):
             cache,
         )
         x_btd = constrain(x_btd + y_btd, "batch", None, None)
-        y_btd = MLP(self.model, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_btd))
+        y_btd = MLP(self.model, by_hand, name="mlp")(
+            RMSNorm(eps, name="mlp_norm")(x_btd)
+        )
         return constrain(x_btd + y_btd, "batch", None, None), cache
 
 
@@ -194,6 +222,8 @@ class GPT(nn.Module):
     """The whole model; `config.resolve_model` must have filled in its config."""
 
     model: config.GPT
+    by_hand: bool = False
+    """gathers and scatters by itself along the mesh; `model` is then `local`"""
 
     @nn.compact
     def __call__(
@@ -217,19 +247,17 @@ class GPT(nn.Module):
         Returns:
             float32[b, t, v]; with a cache the pair (logits, cache).
         """
-        c = self.model
+        c, by_hand = self.model, self.by_hand
+        assert not by_hand or cache is None, "no cache where time is cut"
         b, t = tokens_bt.shape
         dtype = jnp.dtype(c.dtype)
         init = nn.initializers.normal(0.02)
-        table_vd: Any = self.param(
-            "embedding",
-            nn.with_logical_partitioning(init, ("vocab", "embed")),
-            (c.vocab, c.width),
-        )
+        weight = partial(_weight, self, dtype=dtype, by_hand=by_hand)
+        table_vd = weight("embedding", init, (c.vocab, c.width), ("vocab", "embed"))
         # Whole in width before the look-up: the partitioner would otherwise copy the
         # activations to every device to turn the cut in width into one in rows.
-        table_vd = constrain(table_vd.astype(dtype), "vocab", None)
-        x_btd = constrain(jnp.take(table_vd, tokens_bt, axis=0), "batch", None, None)
+        table_vd = constrain(table_vd, "vocab", None)
+        x_btd = constrain(look_up(table_vd, tokens_bt, by_hand), "batch", None, None)
 
         mask_bts = None
         if cache is not None or segments_bt is not None:
@@ -248,13 +276,10 @@ class GPT(nn.Module):
             kernel_dv: Any = table_vd.T
         else:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-            kernel_dv = self.param(
-                "output",
-                nn.with_logical_partitioning(init, ("embed", "vocab")),
-                (c.width, c.vocab),
-            )
-        logits_btv = kernels.matmul(x_btd, kernel_dv.astype(dtype))
-        logits_btv = logits_btv.astype(jnp.float32)
+            shape = (c.width, c.vocab)
+            kernel_dv = weight("output", init, shape, ("embed", "vocab"))
+        x_btd = gather_rows(x_btd, by_hand)
+        logits_btv = _matmul(x_btd, kernel_dv, by_hand).astype(jnp.float32)
         logits_btv = constrain(logits_btv, "batch", None, "vocab")
         return logits_btv if cache is None else (logits_btv, cache)
 
@@ -278,15 +303,32 @@ class GPT(nn.Module):
                 in_axes=in_axes,
                 metadata_params={nn.PARTITION_NAME: None},
             )
-            return layers(c, name="layers")(x_btd, cache, *shared)
+            return layers(c, self.by_hand, name="layers")(x_btd, cache, *shared)
         caches = []
         for i in range(c.layers):
             layer = None if cache is None else Cache(cache[0][i], cache[1][i])
-            x_btd, layer = block(c, name=f"layer_{i}")(x_btd, layer, *shared)
+            layer_i = block(c, self.by_hand, name=f"layer_{i}")
+            x_btd, layer = layer_i(x_btd, layer, *shared)
             caches.append(layer)
         if cache is not None:
             cache = jax.tree.map(lambda *x: jnp.stack(x), *caches)
         return x_btd, cache
+
+
+def local(model: config.GPT, size: int) -> config.GPT:
+    """The model that one of `size` devices computes of a resolved one.
+
+    Its part of the heads, the MLP and the vocabulary; all must divide
+    (`config.validate`).
+    """
+    assert model.kv_heads and model.head_dim and model.mlp and model.vocab
+    return dataclasses.replace(
+        model,
+        heads=model.heads // size,
+        kv_heads=model.kv_heads // size,
+        mlp=model.mlp // size,
+        vocab=model.vocab // size,
+    )
 
 
 def init_params(model: config.GPT, key: jax.Array) -> Any:

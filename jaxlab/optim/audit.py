@@ -134,17 +134,39 @@ def _bytes(shape: str, asynchronous: str) -> int:
 
 
 def _lists(line: str, name: str) -> tuple[tuple[int, ...], ...]:
-    """Lists of devices, written out or as a reshaped and transposed range."""
+    """Lists of devices: written out, as a range turned round, or by axes of a mesh."""
     match = re.search(rf"{name}=\{{(\{{.*?\}})\}}", line)
     if match:
         groups = re.findall(r"\{([\d,\s]*)\}", match[1])
         return tuple(tuple(int(d) for d in g.split(",") if d.strip()) for g in groups)
     match = re.search(rf"{name}=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if not match:
-        return ()
+        return _mesh_lists(line, name)
     target, source, order = (
         [int(d) for d in part.split(",")] if part else None for part in match.groups()
     )
     assert target is not None and source is not None
     devices = np.arange(np.prod(source)).reshape(source).transpose(order)
     return tuple(tuple(g) for g in devices.reshape(target).tolist())
+
+
+def _mesh_lists(line: str, name: str) -> tuple[tuple[int, ...], ...]:
+    """As in mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}."""
+    match = re.search(
+        rf"{name}=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{((?:'\w+',?)+)\}",
+        line,
+    )
+    if not match:
+        return ()
+    axes = {a: int(n) for a, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    devices = np.arange(np.prod(list(axes.values())))
+    if match[2]:
+        source, order = ([int(d) for d in match[i].split(",")] for i in (2, 3))
+        devices = devices.reshape(source).transpose(order)
+    along = re.findall(r"'(\w+)'", match[4])
+    across = [axis for axis in axes if axis not in along]
+    order = [list(axes).index(axis) for axis in across + along]
+    devices = devices.reshape(list(axes.values())).transpose(order)
+    groups = devices.reshape(-1, int(np.prod([axes[axis] for axis in along])))
+    return tuple(tuple(g) for g in groups.tolist())

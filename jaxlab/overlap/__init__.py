@@ -14,8 +14,14 @@ from jaxlab.overlap.schedule import (
     schedule_report,
     target_mesh,
 )
+from jaxlab.overlap.transform import Explanation, Policy, Site, explain, overlap
 
 __all__ = [
+    "Explanation",
+    "Policy",
+    "Site",
+    "explain",
+    "overlap",
     "OverlapSkipped",
     "Report",
     "Window",
