@@ -229,7 +229,14 @@ def _by_hand(
             partition_spec(("batch", None, "vocab")),
             mesh,
         )
-        report = partial(overlap.explain, logits, params, tokens, policy=policy)
+        report = partial(
+            overlap.explain,
+            logits,
+            params,
+            tokens,
+            policy=policy,
+            log=lambda text: None,
+        )
 
     def apply(variables, tokens_bt, *, segments_bt):
         return run_forward(variables["params"], tokens_bt, segments_bt)

@@ -264,33 +264,18 @@ def test_no_device_computes_on_the_rows_of_others():
     assert "f32[16,16,32]" not in text and "f32[16,8,32]" not in text
 
 
-def test_overlap_gets_the_forward_function_and_its_report_the_same(monkeypatch):
-    from jaxlab import overlap
-
-    seen = []
-
-    def watch(function, *, policy):
-        def wrapped(*arguments):
-            seen.append((policy, [x.shape for x in jax.tree.leaves(arguments[1:])]))
-            return function(*arguments)
-
-        return wrapped
-
-    def explain(function, *arguments, policy):
-        return f"{policy}: {jax.eval_shape(function, *arguments).shape}"
-
-    fakes = {"Policy": lambda mode: mode, "overlap": watch, "explain": explain}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(overlap, name, fake, raising=False)
+def test_rings_have_the_curve_of_the_plain_collectives():
+    """Also with replicas that drift apart, and fsdp inside each."""
     mesh = dict(replica=2, data=1, fsdp=2, tensor=2)
     ring = made("ring", mesh, optimizer=GOSSIP, accumulate=2)
-    got = curve(ring, 2)
-    assert set(map(str, seen)) == {str(("ring", [(2, 16)]))}
-    wanted = curve(made("plain", mesh, optimizer=GOSSIP, accumulate=2), 2)
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    wanted = curve(made("plain", mesh, optimizer=GOSSIP, accumulate=2), 4)
+    near = partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(near, curve(ring, 4), wanted)
     assert ring.overlap_report is not None
     with jax.set_mesh(ring.mesh):
-        assert ring.overlap_report() == "ring: (8, 16, 320)"
+        report = ring.overlap_report()
+    assert len(report.rewritten) >= 4 * ring.run.model.layers
+    assert not report.skipped
 
 
 def test_with_one_device_there_is_nothing_to_do(tmp_path):

@@ -141,7 +141,11 @@ def overlap(
 
 
 def explain(
-    fn: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any
+    fn: Callable[..., Any],
+    *args: Any,
+    policy: Policy | None = None,
+    log: Callable[[str], Any] = print,
+    **kwargs: Any,
 ) -> Explanation:
     """Prints and returns what `overlap(fn, policy=policy)` does on these arguments.
 
@@ -149,6 +153,7 @@ def explain(
         fn: not wrapped yet.
         args: arrays, or `jax.ShapeDtypeStruct`s in their place; nothing is computed.
         policy: as of `overlap`.
+        log: takes the text.
         kwargs: more of them.
     """
     found: list[Site] = []
@@ -156,7 +161,7 @@ def explain(
     context = _Context(policy or Policy(), found.append, inside)
     jax.eval_shape(_rewritten(fn, context), *args, **kwargs)
     explanation = Explanation(tuple(found))
-    print(explanation)
+    log(str(explanation))
     return explanation
 
 
