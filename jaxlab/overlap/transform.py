@@ -7,6 +7,7 @@ inserts later, for arrays that are cut outside of any shard_map, stands in no ja
 cannot be seen.
 """
 
+import collections
 import functools
 import warnings
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Site(NamedTuple):
         if self.seconds is not None and self.plain_seconds is not None:
             times = self.seconds * 1e3, self.plain_seconds * 1e3
             text += "  predicted {:.3f} ms, plain {:.3f} ms".format(*times)
-        return text + (f"\n{'':14}{self.reason}" if self.reason else "")
+        return text + (f"\n{'':20}{self.reason}" if self.reason else "")
 
 
 class Explanation(NamedTuple):
@@ -88,7 +89,9 @@ class Explanation(NamedTuple):
                 "there is no explicit collective here; those that the partitioner "
                 "inserts cannot be seen: write the tensor axis under jax.shard_map"
             )
-        return "\n".join([head, *map(str, self.sites)])
+        times = collections.Counter(map(str, self.sites))
+        lines = [f"{n:3} x {text}" for text, n in times.items()]
+        return "\n".join([head, *lines])
 
 
 class _Context(NamedTuple):
@@ -385,7 +388,10 @@ def _site(eqn: Any, **rest: Any) -> Site:
     kinds = dict(reduce_scatter="reduce-scatter", all_gather="all-gather")
     name = eqn.primitive.name.removesuffix("_invariant")
     what = kinds.get(name, name.replace("psum", "all-reduce"))
-    shapes = [str(a.aval.str_short()) for a in (*eqn.invars[:1], *eqn.outvars[:1])]
+    shapes = [
+        a.aval.str_short(short_dtypes=True).split("{")[0]
+        for a in (*eqn.invars[:1], *eqn.outvars[:1])
+    ]
     filled: dict[str, Any] = dict(chunks=1, reason="", seconds=None, plain_seconds=None)
     place = _compat.where(eqn)
     return Site(f"{what} {' to '.join(shapes)}", place, **(filled | rest))
