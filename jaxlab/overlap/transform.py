@@ -388,10 +388,8 @@ def _site(eqn: Any, **rest: Any) -> Site:
     kinds = dict(reduce_scatter="reduce-scatter", all_gather="all-gather")
     name = eqn.primitive.name.removesuffix("_invariant")
     what = kinds.get(name, name.replace("psum", "all-reduce"))
-    shapes = [
-        a.aval.str_short(short_dtypes=True).split("{")[0]
-        for a in (*eqn.invars[:1], *eqn.outvars[:1])
-    ]
+    ends = (*eqn.invars[:1], *eqn.outvars[:1])
+    shapes = [a.aval.str_short(short_dtypes=True).split("{")[0] for a in ends]
     filled: dict[str, Any] = dict(chunks=1, reason="", seconds=None, plain_seconds=None)
     place = _compat.where(eqn)
     return Site(f"{what} {' to '.join(shapes)}", place, **(filled | rest))
