@@ -9,7 +9,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.optim.audit import collectives
-from jaxlab.overlap import Policy, overlap
+from jaxlab.overlap import OverlapSkipped, Policy, explain, overlap
+from jaxlab.overlap.hardware import V5E
+from jaxlab.overlap.policy import measured_apart
 
 RING = Policy(mode="ring")
 
@@ -154,3 +156,207 @@ def test_no_gather_and_no_scatter_is_left(f):
     assert "collective-permute" in kinds and "reduce-scatter" not in kinds
     if f is not summed:
         assert "all-gather" not in kinds
+
+
+def test_auto_stays_plain_on_a_cpu_and_says_why():
+    plain, args = on_mesh(mlp, 4), arguments(4)
+    lines = []
+    found = explain(plain, *args, log=lines.append)
+    assert [s.form for s in found.sites] == ["plain", "plain"]
+    assert "0 of 2 collectives are overlapped" in lines[0]
+    assert "XLA on CPU multiplies and communicates one after the other" in lines[0]
+    assert_close(jax.jit(overlap(plain))(*args), plain(*args))
+
+
+def test_unknown_hardware_is_measured_also_while_tracing():
+    found = []
+
+    def body(x):
+        found.append(measured_apart())
+        return x
+
+    jax.jit(on_mesh(lambda x, *_: body(x), 4))(*arguments(4))
+    assert "measured" in found[0].name and found[0].peak > 0
+    assert found[0].link_rate > 0 and not found[0].overlaps
+
+
+def test_auto_says_what_it_predicts_where_nothing_gains():
+    plain, args = on_mesh(mlp, 4), arguments(4)
+    lines = []
+    policy = Policy(hardware=V5E)
+    found = explain(plain, *args, policy=policy, log=lines.append)
+    assert all(s.seconds == s.plain_seconds for s in found.sites)
+    assert "predicted" in lines[0] and not found.rewritten
+
+
+def test_auto_overlaps_where_the_hardware_is_predicted_to_gain():
+    specs = (P("t"), P(None, "t"), P("t"), P())
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Auto,))
+    plain = jax.shard_map(mlp, mesh=mesh, in_specs=specs, out_specs=P("t"))
+    shapes = ((8192, 8192), (8192, 28672), (28672, 8192), (8192,))
+    avals = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    found = explain(plain, *avals, policy=Policy(hardware=V5E), log=lambda text: None)
+    assert len(found.rewritten) == 2
+    assert all(s.seconds < s.plain_seconds for s in found.rewritten)
+
+
+def product_between(x, up, down, bias):
+    h = gather(x) @ up
+    return scatter(2 * (h @ down))
+
+
+def used_twice(x, up, down, bias):
+    y = jnp.tanh(gather(x) @ up) @ down
+    return scatter(y) + y.sum()
+
+
+def summed_over(x, up, down, bias):
+    whole = gather(x)
+    return x @ (whole.T @ whole)
+
+
+def squared(x, up, down, bias):
+    whole = gather(x)
+    return x + jnp.einsum("mk,nk->mn", whole, whole).sum()
+
+
+def batched(x, up, down, bias):
+    whole = gather(x.reshape(-1, 2, 4))
+    return x + jnp.einsum("mbk,nbk->mnb", whole, x.reshape(-1, 2, 4)).sum()
+
+
+def added_to(x, up, down, bias):
+    return scatter(jnp.tanh(gather(x) @ up) @ down + gather(x))
+
+
+SKIPPED = {
+    product_between: "mul stands between the product and the sum",
+    used_twice: "the product before the sum is used elsewhere too",
+    summed_over: "the product sums over what is gathered, so it needs all of it",
+    squared: "both operands of the product are what it gathers",
+    batched: "the product is batched",
+    added_to: "something other than a bias is added before it",
+}
+
+
+@pytest.mark.parametrize("f", SKIPPED, ids=lambda f: f.__name__)
+def test_what_is_skipped_is_named_with_the_reason(f):
+    plain, args = on_mesh(f, 4), arguments(4)
+    found = explain(plain, *args, policy=RING, log=lambda text: None)
+    assert any(SKIPPED[f] in s.reason for s in found.skipped)
+    assert all("test_overlap_transform.py" in s.where for s in found.skipped)
+    with pytest.raises(ValueError, match=SKIPPED[f]):
+        overlap(plain, policy=RING, on_skip="error")(*args)
+    with pytest.warns(OverlapSkipped, match=SKIPPED[f]):
+        got = overlap(plain, policy=RING)(*args)
+    assert_close(got, plain(*args))
+
+
+def test_lanes_that_do_not_divide_are_named():
+    plain, args = on_mesh(mlp, 4), arguments(4)
+    policy = Policy(mode="ring", chunks=3)
+    found = explain(plain, *args, policy=policy, log=lambda text: None)
+    reasons = [s.reason for s in found.skipped]
+    assert reasons == ["4 rows do not divide into 3 lanes"] * 2
+
+
+def test_both_ways_and_several_lanes_are_the_same_numbers():
+    plain, args = on_mesh(several, 4), arguments(4)
+    policy = Policy(mode="bidirectional", chunks=2)
+    got = jax.jit(overlap(plain, policy=policy, on_skip="error"))(*args)
+    assert_close(got, plain(*args))
+
+
+def test_without_explicit_collectives_it_says_what_it_cannot_see():
+    lines = []
+    found = explain(lambda a, b: a @ b, *arguments(1)[:2], log=lines.append)
+    assert not found.sites and "cannot be seen" in lines[0]
+
+
+@pytest.mark.parametrize("f", [mlp, summed, several], ids=lambda f: f.__name__)
+def test_inside_shard_map_without_its_checks(f):
+    """The gradient is taken inside, where a psum's cotangent is one share of it."""
+    mesh = jax.make_mesh(
+        (4,), ("t",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    specs = (P("t"), P(None, "t"), P("t"), P())
+    args = arguments(4)
+
+    def gradient(f):
+        inside = jax.grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1, 2))
+        return jax.shard_map(
+            inside, mesh=mesh, in_specs=specs, out_specs=specs[:3], check_vma=False
+        )
+
+    want = jax.jit(gradient(f))(*args)
+    assert_close(jax.jit(gradient(overlap(f, policy=RING)))(*args), want)
+
+
+def test_a_gather_that_stays_leaves_its_product_to_the_sum_behind_it():
+    def f(x, up, down, bias):
+        return scatter(gather(x[:, :2]) @ up[:2])
+
+    plain, args = on_mesh(f, 4), arguments(4)
+    both = explain(plain, *args, policy=RING, log=lambda text: None)
+    assert [s.form for s in both.sites] == ["ring", "skipped"]
+    assert "its product hides an all-gather already" in both.sites[1].reason
+    large = Policy(mode="ring", min_bytes=4 * 16 * 2 + 1)
+    kept = explain(plain, *args, policy=large, log=lambda text: None)
+    assert [s.form for s in kept.sites] == ["plain", "ring"]
+    assert_close(jax.jit(overlap(plain, policy=large))(*args), plain(*args))
+
+
+def test_small_collectives_and_other_axes_stay():
+    plain, args = on_mesh(mlp, 4), arguments(4)
+    small = Policy(mode="ring", min_bytes=10**6)
+    found = explain(plain, *args, policy=small, log=lambda text: None)
+    assert [s.reason for s in found.sites] == ["under min_bytes"] * 2
+    other = Policy(mode="ring", axes=("other",))
+    assert not explain(plain, *args, policy=other, log=lambda text: None).sites
+
+
+def in_custom_jvp(x, up, down, bias):
+    f = jax.custom_jvp(lambda *a: mlp(*a, bias))
+    f.defjvp(lambda primals, tangents: (f(*primals), tangents[0]))
+    return f(x, up, down)
+
+
+def test_what_it_does_not_look_into_is_named():
+    plain, args = on_mesh(in_custom_jvp, 4), arguments(4)
+    found = explain(plain, *args, policy=RING, log=lambda text: None)
+    assert [s.reason for s in found.sites] == [
+        "it is inside custom_jvp_call, which is left alone"
+    ]
+    assert_close(overlap(plain, policy=RING, on_skip="ignore")(*args), plain(*args))
+
+
+# ------------------------------------------------------------------ Pallas kernels
+
+KERNELS = Policy(mode="pallas")
+
+
+@pytest.mark.parametrize(
+    "f", [mlp, transposed, reshaped, several, kept, summed], ids=lambda f: f.__name__
+)
+def test_kernels_have_the_same_numbers_and_gradients(f):
+    plain, args = on_mesh(f, 4), arguments(4)
+    kernels = overlap(plain, policy=KERNELS, on_skip="error")
+    found = explain(plain, *args, policy=KERNELS, log=lambda text: None)
+    assert {s.form for s in found.sites} == {"pallas"}
+
+    def both(f):
+        loss = jax.value_and_grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1, 2))
+        return jax.jit(loss)(*args)
+
+    assert_close(both(kernels), both(plain))
+
+
+def test_kernels_want_all_axes_by_hand():
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    specs = (P("t"), P(None, "t"), P("t"), P())
+    plain = jax.shard_map(
+        mlp, mesh=mesh, in_specs=specs, out_specs=P("t"), axis_names={"t"}
+    )
+    found = explain(plain, *arguments(4), policy=KERNELS, log=lambda text: None)
+    assert all("axes ['d'] of the mesh are not manual" in s.reason for s in found.sites)
+    assert len(found.skipped) == 2

@@ -6,6 +6,7 @@ from jaxlab.overlap.matmul import (
     matmul_all_reduce,
     matmul_reduce_scatter,
 )
+from jaxlab.overlap.policy import Explanation, Policy, Site
 from jaxlab.overlap.schedule import (
     Report,
     Window,
@@ -14,7 +15,7 @@ from jaxlab.overlap.schedule import (
     schedule_report,
     target_mesh,
 )
-from jaxlab.overlap.transform import Explanation, Policy, Site, explain, overlap
+from jaxlab.overlap.transform import explain, overlap
 
 __all__ = [
     "Explanation",

@@ -1,6 +1,7 @@
 """What the transformation needs of JAX's insides: jax 0.10.2 to 0.12.0.1."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -61,5 +62,6 @@ def bind_changed(
 
 
 def where(eqn: Any) -> str:
-    """File, line and function that made an equation."""
-    return source_info_util.summarize(eqn.source_info)
+    """File, line and function that made an equation; below this folder from here."""
+    text = source_info_util.summarize(eqn.source_info)
+    return text.removeprefix(os.path.join(os.getcwd(), ""))

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlab.overlap.pallas_kernels import LANES, Plan, gather, scatter
+from jaxlab.overlap.ring import whole_cotangent
 
 # ----------------------------------------------------------------- derivatives
 
@@ -71,6 +72,25 @@ def _all_gather_backward(plan: Plan, keep: bool, save: bool, saved, cotangents):
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _all_reduce(plan: Plan, x, w):
+    rows = scatter(plan, x, w)
+    return lax.all_gather(rows, plan.axis_name, tiled=True, to="invarying")
+
+
+def _all_reduce_backward(plan: Plan, saved, dy):
+    """No communication: every device has all of dy."""
+    x, w = saved
+    dy = whole_cotangent(dy, plan.axis_name).astype(x.dtype)
+    dx = plan.dot(dy, w.T).astype(x.dtype)
+    return dx, _rows_product(plan, x, dy, w)
+
+
+_all_reduce.defvjp(
+    lambda plan, x, w: (_all_reduce(plan, x, w), (x, w)), _all_reduce_backward
+)
+
+
 # -------------------------------------------------------------- what users call
 
 
@@ -116,14 +136,52 @@ def pallas_matmul_reduce_scatter(
     """
     dtypes = precision, preferred_element_type
     plan, x, w = _plan(x, w, axis_name, *dtypes, tiles, collective_id, interpret)
-    if x.shape[0] % plan.size:
-        raise ValueError(
-            f"{x.shape[0]} rows of x do not divide among {plan.size} devices of "
-            f"{axis_name!r}"
-        )
+    _check_rows(plan, x)
     if plan.size == 1:
         return plan.dot(x, w).astype(plan.result)
     y: Any = _reduce_scatter(plan, x, w)
+    return y
+
+
+def pallas_matmul_all_reduce(
+    x: jax.Array,
+    w: jax.Array,
+    axis_name: str,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    tiles: tuple[int, int, int] | None = None,
+    collective_id: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """`psum(x @ w, axis_name)`: `pallas_matmul_reduce_scatter`, then an all-gather.
+
+    The all-gather is XLA's, and nothing hides it. The derivative needs neither.
+
+    Args:
+        x: [m, k], this device's columns.
+        w: [k, n], this device's rows of the weights.
+        axis_name: see `pallas_matmul_reduce_scatter`, also for the next five.
+        precision: of the products.
+        preferred_element_type: of the result.
+        tiles: of the kernel.
+        collective_id: of the barrier.
+        interpret: how to run it.
+
+    Returns:
+        [m, n], the same on all devices.
+
+    Raises:
+        ValueError: see `pallas_matmul_reduce_scatter`.
+
+    Source: T3, arXiv 2401.16677.
+    """
+    dtypes = precision, preferred_element_type
+    plan, x, w = _plan(x, w, axis_name, *dtypes, tiles, collective_id, interpret)
+    _check_rows(plan, x)
+    if plan.size == 1:
+        return lax.psum(plan.dot(x, w).astype(plan.result), axis_name)
+    y: Any = _all_reduce(plan, x, w)
     return y
 
 
@@ -173,6 +231,14 @@ def pallas_all_gather_matmul(
         both: Any = _all_gather(plan, return_gathered, save_gathered, x, w)
         y, gathered = both
     return (y, gathered) if return_gathered else y
+
+
+def _check_rows(plan: Plan, x: jax.Array) -> None:
+    if x.shape[0] % plan.size:
+        raise ValueError(
+            f"{x.shape[0]} rows of x do not divide among {plan.size} devices of "
+            f"{plan.axis_name!r}"
+        )
 
 
 def _plan(x, w, axis_name, precision, result, tiles, collective_id, interpret):

@@ -13,6 +13,7 @@ from jaxlab.overlap.matmul import (
     matmul_all_reduce,
     matmul_reduce_scatter,
 )
+from jaxlab.overlap.ring import tracked
 
 
 def gather_site(jaxpr, group, read, options) -> dict[Any, Any]:
@@ -31,20 +32,8 @@ def gather_site(jaxpr, group, read, options) -> dict[Any, Any]:
         made = jaxpr.eqns[product.index]
         other = 1 - product.side
         ws.append(_weights(read(made.invars[other]), made, other))
-    found, whole = (
-        all_gather_matmul(
-            x,
-            tuple(ws),
-            dim=first.rows.index(group.cut),
-            return_gathered=True,
-            **options,
-        )
-        if group.keep
-        else (
-            all_gather_matmul(x, tuple(ws), dim=first.rows.index(group.cut), **options),
-            None,
-        )
-    )
+    place = first.rows.index(group.cut)
+    found, whole = _gather_matmul(x, tuple(ws), place, group.keep, **options)
     values = {}
     for product, y in zip(group.products, found, strict=True):
         made = jaxpr.eqns[product.index]
@@ -101,7 +90,7 @@ def sum_site(jaxpr, group, read, options) -> dict[Any, Any]:
             places = [f._replace(dim=f.dim - offset) for f in mine]
             inner = lay.Factor(len(free), 1, k)
             x = x.reshape((*x.shape[: len(free)], k))
-            x = lay.arrange(x, (*places, inner) if k != 1 else tuple(places))
+            x = lay.arrange(x, (*places, inner))
             sides.append((x.reshape((*(f.size for f in mine), k)), mine))
         (x, mine), (w, theirs) = sides[term.owner], sides[1 - term.owner]
         xs.append(x)
@@ -111,8 +100,7 @@ def sum_site(jaxpr, group, read, options) -> dict[Any, Any]:
     term = group.products[0]
     # The sum travels in the dtype in which the program sums.
     options = options | dict(preferred_element_type=eqn.invars[0].aval.dtype)
-    ring = matmul_reduce_scatter if scatters else matmul_all_reduce
-    y = ring(tuple(xs), tuple(ws), dim=owned.index(group.cut), **options)
+    y = _matmul_sum(scatters, xs, ws, owned.index(group.cut), **options)
     cut = group.cut if scatters else None
     total = lay.restore(y, order, term.layout, cut, size)
     for bias in group.biases:
@@ -133,5 +121,58 @@ def _sum_of(x: Any, axis: str) -> Any:
     """psum, of what is the same everywhere as well."""
     if axis in jax.typeof(x).manual_axis_type.varying:
         return lax.psum(x, axis)
-    tracked = axis in jax.typeof(lax.axis_index(axis)).manual_axis_type.varying
-    return x * lax.axis_size(axis) if tracked else lax.psum(x, axis)
+    return x * lax.axis_size(axis) if tracked(axis) else lax.psum(x, axis)
+
+
+# ------------------------------------------------------------- the chosen form
+
+
+def _gather_matmul(x, ws, dim, keep, *, mode, chunks, axis_name, **settings) -> Any:
+    """Products of the gathered x, and it or None."""
+    if mode != "pallas":
+        ways = dict(chunks=chunks, bidirectional=mode == "bidirectional")
+        found: Any = all_gather_matmul(
+            x, ws, axis_name, dim=dim, return_gathered=keep, **ways, **settings
+        )
+        return found if keep else (found, None)
+    from jaxlab.overlap.pallas import pallas_all_gather_matmul
+
+    flat, whole = _flat(x, dim), None
+    # One kernel has one operand on either side: the weights lie beside each other.
+    y: Any = pallas_all_gather_matmul(
+        flat, jnp.concatenate(ws, 1), axis_name, return_gathered=keep, **settings
+    )
+    if keep:
+        y, whole = y
+        whole = _unflat(whole, x, dim)
+    ends = np.cumsum([w.shape[1] for w in ws])[:-1]
+    return [_unflat(part, x, dim) for part in jnp.split(y, ends, 1)], whole
+
+
+def _matmul_sum(scatters, xs, ws, dim, *, mode, chunks, axis_name, **settings) -> Any:
+    """This device's rows of the sum of the products, or all of it."""
+    if mode != "pallas":
+        ring = matmul_reduce_scatter if scatters else matmul_all_reduce
+        ways = dict(chunks=chunks, bidirectional=mode == "bidirectional")
+        return ring(tuple(xs), tuple(ws), axis_name, dim=dim, **ways, **settings)
+    from jaxlab.overlap import pallas
+
+    kernel = (
+        pallas.pallas_matmul_reduce_scatter
+        if scatters
+        else pallas.pallas_matmul_all_reduce
+    )
+    flat = jnp.concatenate([_flat(x, dim) for x in xs], 1)
+    y = kernel(flat, jnp.concatenate(ws, 0), axis_name, **settings)
+    return _unflat(y, xs[0], dim)
+
+
+def _flat(x: Any, dim: int) -> Any:
+    """[..., k] as [rows, k], with dimension `dim` outermost among the rows."""
+    return jnp.moveaxis(x, dim, 0).reshape((-1, x.shape[-1]))
+
+
+def _unflat(y: Any, like: Any, dim: int) -> Any:
+    """`_flat` undone, for another number of columns and of rows along `dim`."""
+    rest = [n for d, n in enumerate(like.shape[:-1]) if d != dim]
+    return jnp.moveaxis(y.reshape((-1, *rest, y.shape[-1])), 0, dim)

@@ -165,10 +165,15 @@ def _multiply_scatter(ring: Ring, wholes, ws, plus=None, beside=None):
     return jnp.concatenate(sums, axis=ring.dim), buffer
 
 
-def _tracked(axis_name: str) -> bool:
+def tracked(axis_name: str) -> bool:
     """Whether shard_map tracks what varies over the axis (`check_vma`)."""
     varying = jax.typeof(lax.axis_index(axis_name)).manual_axis_type.varying
     return axis_name in varying
+
+
+def whole_cotangent(dy: jax.Array, axis_name: str) -> jax.Array:
+    """The cotangent of a sum over the axis: without check_vma JAX passes one share."""
+    return dy if tracked(axis_name) else lax.psum(dy, axis_name)
 
 
 def total(arrays: Iterable[jax.Array]) -> jax.Array:
@@ -284,9 +289,7 @@ def _reduce_ring_forward(ring: Ring, xs, ws):
 def _reduce_ring_backward(ring: Ring, saved, dy):
     """No communication: every device has all of dy."""
     xs, ws = saved
-    if not _tracked(ring.axis_name):
-        # Without check_vma JAX takes the cotangent of a sum for one share of it.
-        dy = lax.psum(dy, ring.axis_name)
+    dy = whole_cotangent(dy, ring.axis_name)
     dxs = [ring.dot(dy, w.T) for w in ws]
     return _like(dxs, xs), _like([ring.dot_rows(x, dy) for x in xs], ws)
 

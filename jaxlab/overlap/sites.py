@@ -5,6 +5,7 @@ and, before a sum, a bias in between. `find` groups them into what one ring can 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
@@ -117,15 +118,18 @@ def axis_of(eqn: Any) -> str | None:
     return None if eqn.params.get("axis_index_groups") is not None else names[0]
 
 
-def find(jaxpr: Any, sizes: dict[str, int]) -> tuple[list[Gather | Sum], list[Skipped]]:
-    """Groups that a ring can do, and the collectives left as they are.
+def find(
+    jaxpr: Any, sizes: dict[str, int], take: Callable[[Gather | Sum], bool]
+) -> list[Skipped]:
+    """Offers the groups that a ring can do; returns what it cannot.
 
     Args:
         jaxpr: open, of the inside of a shard_map.
         sizes: of the mesh axes whose collectives are wanted.
+        take: told of each group in turn; True if it will be rewritten, so that its
+            products can be in no other.
     """
     graph = Graph(jaxpr)
-    groups: list[Gather | Sum] = []
     skipped = []
     taken: set[int] = set()
     for i, eqn in enumerate(graph.eqns):
@@ -143,10 +147,9 @@ def find(jaxpr: Any, sizes: dict[str, int]) -> tuple[list[Gather | Sum], list[Sk
         found = look(graph, i, size, taken)
         if isinstance(found, Skipped):
             skipped.append(found)
-        else:
-            groups.append(found)
+        elif take(found):
             taken |= {p.index for p in found.products}
-    return groups, skipped
+    return skipped
 
 
 # ----------------------------------------------------------------------- gathers

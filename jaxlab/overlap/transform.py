@@ -7,11 +7,9 @@ inserts later, for arrays that are cut outside of any shard_map, stands in no ja
 cannot be seen.
 """
 
-import collections
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,79 +17,12 @@ import numpy as np
 from jax import lax
 
 from jaxlab.overlap import _compat, sites
-from jaxlab.overlap.hardware import Hardware, choose, find, measure
 from jaxlab.overlap.matmul import OverlapSkipped
+from jaxlab.overlap.policy import Explanation, Policy, Site, decide, site
 from jaxlab.overlap.rewrite import gather_site, sum_site
 
 BODIES = ("jit", "pjit", "closed_call", "scan", "while", "cond", "remat2", "checkpoint")
 """Equations whose jaxprs can be put back rewritten."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Which form each site takes."""
-
-    mode: Literal["auto", "ring", "bidirectional", "plain"] = "auto"
-    """auto: the one that is predicted to be fastest, plain where none gains"""
-    chunks: int = 1
-    """lanes of a ring; auto chooses by itself"""
-    min_bytes: int = 0
-    """smaller collectives stay plain"""
-    axes: tuple[str, ...] | None = None
-    """mesh axes to overlap; None: all"""
-    hardware: Hardware | None = None
-    """what auto predicts for; None: the devices here, by name or by a measurement"""
-
-
-class Site(NamedTuple):
-    """A collective and what became of it."""
-
-    what: str
-    """all-gather, reduce-scatter or all-reduce, with shapes"""
-    where: str
-    """file, line and function"""
-    form: str
-    """ring, bidirectional, plain (chosen), skipped, or alone (no product beside it)"""
-    chunks: int
-    reason: str
-    """why it is not overlapped; empty where it is"""
-    seconds: float | None
-    """predicted; None where nothing was predicted"""
-    plain_seconds: float | None
-
-    def __str__(self) -> str:
-        text = f"{self.form:13} {self.what}  {self.where}"
-        if self.seconds is not None and self.plain_seconds is not None:
-            times = self.seconds * 1e3, self.plain_seconds * 1e3
-            text += "  predicted {:.3f} ms, plain {:.3f} ms".format(*times)
-        return text + (f"\n{'':20}{self.reason}" if self.reason else "")
-
-
-class Explanation(NamedTuple):
-    """All sites of a function; printable."""
-
-    sites: tuple[Site, ...]
-
-    @property
-    def rewritten(self) -> tuple[Site, ...]:
-        """Those that became rings."""
-        return tuple(s for s in self.sites if s.form in ("ring", "bidirectional"))
-
-    @property
-    def skipped(self) -> tuple[Site, ...]:
-        """Those with a product beside them that could not."""
-        return tuple(s for s in self.sites if s.form == "skipped")
-
-    def __str__(self) -> str:
-        head = f"{len(self.rewritten)} of {len(self.sites)} collectives are overlapped"
-        if not self.sites:
-            head = (
-                "there is no explicit collective here; those that the partitioner "
-                "inserts cannot be seen: write the tensor axis under jax.shard_map"
-            )
-        times = collections.Counter(map(str, self.sites))
-        lines = [f"{n:3} x {text}" for text, n in times.items()]
-        return "\n".join([head, *lines])
 
 
 class _Context(NamedTuple):
@@ -206,18 +137,22 @@ def _evaluate(jaxpr: Any, consts: list[Any], args: Any, context: _Context) -> li
         whole = jax.make_jaxpr(functools.partial(_inlined, jaxpr))(consts, *args)
         args = [*consts, *args]
         jaxpr, consts = _compat.opened(whole)
-        sizes = _sizes(jaxpr, context.policy)
-        groups, skipped = sites.find(jaxpr, sizes)
-        for left in skipped:
+        sizes = _sizes(context.policy)
+
+        def plan(group: sites.Gather | sites.Sum) -> bool:
+            size = sizes[sites.axis_of(jaxpr.eqns[group.index]) or ""]
+            found, settings = decide(jaxpr, group, size, context.policy)
+            context.note(found)
+            if settings is None:
+                return False
+            plans[group.index] = group, settings
+            for i in (group.index, *(p.index for p in group.products)):
+                members[i] = group.index
+            return True
+
+        for left in sites.find(jaxpr, sizes, plan):
             form = "skipped" if left.beside_product else "alone"
-            site = _site(jaxpr.eqns[left.index], form=form, reason=left.reason)
-            context.note(site)
-        for group in groups:
-            options = _options(jaxpr, group, sizes, context)
-            if options is not None:
-                plans[group.index] = group, options
-                members[group.index] = group.index
-                members |= {p.index: group.index for p in group.products}
+            context.note(site(jaxpr.eqns[left.index], form, reason=left.reason))
     env: dict[Any, Any] = {}
     made_by = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
     done: set[int] = set()
@@ -296,11 +231,11 @@ def _bodies(eqn: Any) -> dict[str, Any]:
 
 
 def _inner(eqn: Any) -> list[Any]:
-    values = _bodies(eqn).values()
-    each = [
-        v for value in values for v in (value if isinstance(value, tuple) else [value])
-    ]
-    return [_compat.opened(v)[0] for v in each]
+    """The open jaxprs inside an equation."""
+    found = jax.tree.leaves(
+        tuple(_bodies(eqn).values()), is_leaf=lambda v: isinstance(v, _compat.JAXPRS)
+    )
+    return [_compat.opened(v)[0] for v in found]
 
 
 def _communicates(jaxpr: Any) -> bool:
@@ -360,7 +295,7 @@ def _bind(eqn: Any, args: list[Any], context: _Context) -> list[Any]:
         return _compat.bind_changed(eqn, args, lambda f: _rewritten(f, context))
     if name not in BODIES:
         reason = f"it is inside {name}, which is left alone"
-        context.note(_site(eqn, form="skipped", reason=reason))
+        context.note(site(eqn, "skipped", reason=reason))
         return _compat.bind(eqn, args, eqn.params)
 
     def rewritten(body):
@@ -375,87 +310,8 @@ def _bind(eqn: Any, args: list[Any], context: _Context) -> list[Any]:
     return _compat.bind(eqn, args, eqn.params | bodies)
 
 
-# ------------------------------------------------------------------ choosing forms
-
-
-def _sizes(jaxpr: Any, policy: Policy) -> dict[str, int]:
+def _sizes(policy: Policy) -> dict[str, int]:
+    """Sizes of the mesh axes to overlap."""
     names = set(jax.sharding.get_abstract_mesh().manual_axes)
     wanted = names if policy.axes is None else names & set(policy.axes)
     return {name: lax.axis_size(name) for name in wanted}
-
-
-def _site(eqn: Any, **rest: Any) -> Site:
-    kinds = dict(reduce_scatter="reduce-scatter", all_gather="all-gather")
-    name = eqn.primitive.name.removesuffix("_invariant")
-    what = kinds.get(name, name.replace("psum", "all-reduce"))
-    ends = (*eqn.invars[:1], *eqn.outvars[:1])
-    shapes = [a.aval.str_short(short_dtypes=True).split("{")[0] for a in ends]
-    filled: dict[str, Any] = dict(chunks=1, reason="", seconds=None, plain_seconds=None)
-    place = _compat.where(eqn)
-    return Site(f"{what} {' to '.join(shapes)}", place, **(filled | rest))
-
-
-def _options(jaxpr, group, sizes, context) -> dict[str, Any] | None:
-    """Form of a group's ring, as arguments of the collective matmul; None: plain."""
-    eqns, policy = jaxpr.eqns, context.policy
-    eqn = eqns[group.index]
-    gathers = isinstance(group, sites.Gather)
-    axis = sites.axis_of(eqn)
-    assert axis is not None
-    size = sizes[axis]
-    first = eqns[group.products[0].index]
-    contract = first.params["dimension_numbers"][0]
-    k = int(np.prod([first.invars[0].aval.shape[d] for d in contract[0]]))
-    side = group.products[0].side if gathers else group.products[0].owner
-    elements = int(np.prod(first.invars[side].aval.shape))
-    rows = elements // k
-    outs = [int(np.prod(eqns[p.index].outvars[0].aval.shape)) for p in group.products]
-    n = max(1, (sum(outs) if gathers else outs[0]) // rows)
-    k = k if gathers else k * len(outs)
-    moved = (eqn.outvars if gathers else eqn.invars)[0].aval
-    if moved.size * moved.dtype.itemsize < policy.min_bytes:
-        context.note(_site(eqn, form="plain", reason="under min_bytes"))
-        return None
-    kinds = {"reduce_scatter": "scatter"}
-    kind: Any = "gather" if gathers else kinds.get(eqn.primitive.name, "reduce")
-    mode, chunks, seconds, plain = policy.mode, policy.chunks, None, None
-    if mode == "auto":
-        choice = choose(
-            kind,
-            rows=rows,
-            k=k,
-            n=n,
-            size=size,
-            itemsize=moved.dtype.itemsize,
-            hardware=policy.hardware or _here(),
-            backward=kind != "reduce",
-        )
-        mode, chunks, seconds, plain = choice
-    predicted = dict(seconds=seconds, plain_seconds=plain)
-    if mode == "plain":
-        reason = "" if seconds is None else "plain is predicted to be as fast"
-        context.note(_site(eqn, form="plain", reason=reason, **predicted))
-        return None
-    lanes = chunks * (2 if mode == "bidirectional" else 1)
-    if group.cut.size // size % lanes:
-        if policy.mode == "auto":
-            chunks, mode, lanes = 1, "ring", 1
-        else:
-            reason = f"{group.cut.size // size} rows do not divide into {lanes} lanes"
-            context.note(_site(eqn, form="skipped", reason=reason))
-            return None
-    context.note(_site(eqn, form=mode, chunks=chunks, **predicted))
-    settings = {name: first.params[name] for name in sites.SETTINGS}
-    both_ways = mode == "bidirectional"
-    return settings | dict(axis_name=axis, chunks=chunks, bidirectional=both_ways)
-
-
-@functools.cache
-def _here() -> Hardware:
-    """The devices of this process."""
-    device = jax.devices()[0]
-    found = find(device.device_kind)
-    if found is None:
-        with jax.ensure_compile_time_eval():
-            found = measure()
-    return found
