@@ -1,12 +1,13 @@
 """Which collectives the compilers for TPU and GPU hide behind products, without a chip.
 
-python benchmarks/overlap_schedule.py > schedule.json      # two minutes; extra peers
+python benchmarks/overlap_schedule.py > schedule.json     # ten minutes; extra peers
 
 An MLP under shard_map, its rows and its hidden dimension cut over 8 devices: with an
 all-gather before and a reduce-scatter after (`plain`), with the rings of
 `jaxlab.overlap` (`ring`, and `both` ways round), and with the ring of many tutorials,
-which has no barriers (`textbook`). Each is compiled ahead of time by a process of its
-own; nothing is run. See docs/overlap.md.
+which has no barriers (`textbook`). `gradient` is that of all three arrays; products and
+sums are in bfloat16, or with `float32` in that. Each is compiled ahead of time by a
+process of its own; nothing is run. See docs/overlap.md.
 """
 
 import dataclasses
@@ -20,10 +21,21 @@ from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import UserError
 
 TPU, GPU = "tpu:v5e:2x4", "cuda:h100:8"
+TPUS = (TPU, "tpu:v5p:2x2x2", "tpu:v6e:2x4")
+FORMS = ("plain", "ring", "both")
 CASES = [
-    *((TPU, f, "recommended") for f in ("plain", "ring", "both")),
-    *((TPU, f"{f}-gradient", "recommended") for f in ("plain", "ring", "both")),
-    *((GPU, "ring", o) for o in ("recommended", "default")),
+    *(
+        (t, f"{f}{g}", "recommended")
+        for t in TPUS
+        for g in ("", "-gradient")
+        for f in FORMS
+    ),
+    *((TPU, f"{f}-gradient-float32", "recommended") for f in FORMS),
+    *(
+        (GPU, f"ring{g}", o)
+        for g in ("", "-gradient")
+        for o in ("recommended", "default")
+    ),
     (GPU, "textbook", "default"),
 ]
 
@@ -51,17 +63,23 @@ def compile_case(target: str, form: str, flags: str, sizes: list[int]) -> dict:
     from jaxlab import overlap
 
     rows, width, hidden = sizes
-    form, _, gradient = form.partition("-")
+    form, *rest = form.split("-")
+    dtype = jnp.float32 if "float32" in rest else None
     mesh = overlap.target_mesh(target, {"t": 8})
 
+    def activate(y):
+        return jax.nn.gelu(y).astype(jnp.bfloat16)
+
     def plain(x, up, down):
-        h = jax.nn.gelu(lax.all_gather(x, "t", axis=0, tiled=True) @ up)
-        return lax.psum_scatter(h @ down, "t", scatter_dimension=0, tiled=True)
+        x = lax.all_gather(x, "t", axis=0, tiled=True)
+        h = activate(jnp.matmul(x, up, preferred_element_type=dtype))
+        y = jnp.matmul(h, down, preferred_element_type=dtype)
+        return lax.psum_scatter(y, "t", scatter_dimension=0, tiled=True)
 
     def ring(x, up, down):
-        ways = dict(bidirectional=form == "both")
-        h = overlap.all_gather_matmul(x, up, "t", epilogue=jax.nn.gelu, **ways)
-        return overlap.matmul_reduce_scatter(h, down, "t", **ways)
+        how: Any = {"bidirectional": form == "both", "preferred_element_type": dtype}
+        h = overlap.all_gather_matmul(x, up, "t", epilogue=activate, **how)
+        return overlap.matmul_reduce_scatter(h, down, "t", **how)
 
     def textbook(x, up, down):
         me, each = lax.axis_index("t"), x.shape[0]
@@ -78,7 +96,7 @@ def compile_case(target: str, form: str, flags: str, sizes: list[int]) -> dict:
     body = {"plain": plain, "ring": ring, "both": ring, "textbook": textbook}[form]
     specs = (P("t"), P(None, "t"), P("t"))
     f: Any = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("t"))
-    if gradient:
+    if "gradient" in rest:
         forward = f
 
         def total(*arrays):

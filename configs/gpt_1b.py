@@ -3,7 +3,8 @@
     python scripts/train.py configs/gpt_1b.py --mesh.fsdp 8 --data.corpus "/data/*.txt"
     python scripts/train.py configs/gpt_1b.py --mesh.fsdp 4 --mesh.tensor 8 ...
 
-TinyLlama's size (22 layers of 2048, 32 heads on 8 key heads), 1 M tokens a step.
+TinyLlama's size (22 layers of 2048, 32 heads on 8 key heads), 1 M tokens a step in
+8 parts.
 State in float32 takes 12 bytes a parameter, 13 GB over the fsdp x tensor shards.
 """
 
@@ -16,6 +17,7 @@ def config() -> Run:
         out="runs/gpt_1b",
         steps=100_000,
         batch=512,
+        accumulate=8,
         length=2048,
         z_loss=1e-4,
         model=GPT(

@@ -95,19 +95,26 @@ def open_tokens(text: config.Data, corpus: str) -> data.Tokens:
     )
 
 
-def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Program:
+def build(
+    run: config.Run,
+    vocab: int,
+    replicas_saved: int | None = None,
+    mesh: Mesh | None = None,
+) -> Program:
     """Resolves a run against the devices and makes its functions; compiles nothing.
 
     Args:
         run: the config as written.
         vocab: size of the tokenizer.
         replicas_saved: to read a state of so many replicas; None: those of the mesh.
+        mesh: with the axes of `jaxlab.mesh`, for devices that need not be here; None:
+            `run.mesh` over those that are.
 
     Raises:
         ConfigError: see `config.resolve_model` and `resolve_mesh`, or replicas that
             cannot hold together.
     """
-    mesh = make_mesh(run.mesh)
+    mesh = make_mesh(run.mesh) if mesh is None else mesh
     model = config.resolve_model(run.model, vocab)
     run = dataclasses.replace(run, model=model)
 
@@ -136,6 +143,7 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
     by_hand = run.parallel.overlap != "off" and mesh.shape[manual.TENSOR] > 1
     if by_hand:
         gradient, report = _by_hand(run, mesh, shapes.params, outer is not None)
+    compiler = None if report is None else _compiler_options(mesh)
     options: Any = {"tx": tx, "ema": run.ema, "on_nonfinite": run.on_nonfinite}
     evaluate = partial(eval_step, apply=apply)
 
@@ -153,6 +161,7 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
                 partial(train_step, gradient=gradient, **options),
                 donate_argnums=0,
                 out_shardings=(shardings, None),
+                compiler_options=compiler,
             ),
             evaluate=jax.jit(evaluate),
             weights=weights,
@@ -185,7 +194,12 @@ def build(run: config.Run, vocab: int, replicas_saved: int | None = None) -> Pro
             lambda params: optim.replicate(make(params), count),
             out_shardings=shardings,
         ),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=compiler,
+        ),
         evaluate=jax.jit(evaluate),
         weights=lambda state: mean(weights(state)),
         outer=outer,
@@ -218,8 +232,15 @@ def _by_hand(
     how = run.parallel.overlap
     if how != "plain" and how != "off":
         from jaxlab import overlap
+        from jaxlab.overlap.hardware import find
 
-        policy = overlap.Policy(mode=how, axes=(manual.TENSOR,))
+        device = mesh.devices.flat[0]
+        policy = overlap.Policy(
+            mode=how,
+            chunks=2 if device.platform == "tpu" else 1,  # see matmul_reduce_scatter
+            axes=(manual.TENSOR,),
+            hardware=find(device.device_kind),
+        )
         run_forward = overlap.overlap(forward, policy=policy, on_skip="ignore")
         rows = run.batch // run.accumulate
         tokens = jax.ShapeDtypeStruct((1, rows, run.length), jnp.int32)
@@ -249,6 +270,15 @@ def _by_hand(
     )
     results = (specs, PartitionSpec())
     return manual.spread(gradient, specs, results, mesh, replicas_apart), report
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Options with which XLA keeps the rings of a step, and hides them."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return None
+    from jaxlab.overlap import compiler_options
+
+    return compiler_options("cuda")
 
 
 def description(program: Program, tokenizer_fingerprint: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import overlap_predict as bench
@@ -31,15 +31,18 @@ kinds = st.sampled_from(KINDS)
 forms = st.sampled_from([("plain", 1), *RINGS])
 
 
-def reference(kind, rows, k, n, size, itemsize, chip, mode, chunks, beside=0):
-    """Seconds by a walk through the steps."""
+def product_seconds(m, k, n, itemsize, chip):
+    sides = [math.ceil(s / chip.tile) * chip.tile for s in (m, k, n)]
+    flops = 2.0 * sides[0] * sides[1] * sides[2]
+    moved = float(itemsize) * (m * k + k * n + m * n)
+    return max(flops / chip.peak, moved / chip.memory_rate)
 
-    def product(m):
-        sides = [math.ceil(s / chip.tile) * chip.tile for s in (m, k, n)]
-        flops = 2.0 * sides[0] * sides[1] * sides[2]
-        moved = float(itemsize) * (m * k + k * n + m * n)
-        return max(flops / chip.peak, moved / chip.memory_rate)
 
+def reference(kind, rows, k, n, size, itemsize, chip, mode, chunks, aside=(0, 0.0)):
+    """Seconds by a walk through the steps.
+
+    `aside`: columns that travel beside, and seconds of work beside, in each step.
+    """
     travels = {"gather": k}.get(kind, n)
     per_device = rows * travels * itemsize / size
     fast = chip.link_rate * (1 + chip.both_ways)
@@ -47,129 +50,54 @@ def reference(kind, rows, k, n, size, itemsize, chip, mode, chunks, beside=0):
     for _ in range(size - 1):
         collective += per_device / fast + chip.latency
     if mode == "plain":
-        total = chip.launch + product(rows) + collective
+        total = chip.launch + product_seconds(rows, k, n, itemsize, chip) + collective
         return total + (collective if kind == "reduce" else 0)
     both = mode == "bidirectional"
-    lanes = chunks + chunks * both
-    work = 0.0
+    lanes = (1 if kind == "gather" else chunks) * (1 + both)
+    columns, work = aside
     for _ in range(lanes):
-        work += product(rows / size / lanes)
-        work += chip.launch * (3 if beside else 2)
-    copy_rate = chip.memory_rate if chip.copy_rate is None else chip.copy_rate
-    per_column = rows / size * itemsize / copy_rate
-    work += 2 * beside * per_column
+        work += product_seconds(rows / size / lanes, k, n, itemsize, chip)
+        work += chip.launch * 2
+    work += chip.launch * (1 + both) * bool(columns)
     # What each direction of the ring carries in a step: bytes, transfers.
-    aside = rows * beside * itemsize / size
-    extra = 1 if beside else 0
+    extra = rows * columns * itemsize / size
+    there = (per_device, lanes), (extra, int(columns > 0))
     if both:
-        there = back = (per_device / 2 + aside / 2, chunks + chunks * extra)
-    else:
-        there, back = (per_device, chunks), (aside, chunks * extra)
-    times = [b / chip.link_rate + t * chip.latency for b, t in (there, back)]
-    wire = max(times) if chip.both_ways else times[0] + times[1]
-    total = size * (n if kind == "gather" else beside) * per_column
-    if lanes > 1:
-        total += 2 * travels * per_column
-    add = 0.0 if kind == "gather" else 3 * n * per_column
-    now = total  # the clock
-    if kind == "gather":
-        for s in range(size):
-            arrived = now + wire if s < size - 1 else now
-            done = now + work
-            now = max(done, arrived) if chip.overlaps else done + arrived - now
-    else:
-        sent, now = now + work / chunks, now + work
-        for _ in range(size - 1):
-            done = now + work
-            now = max(done, sent + wire) if chip.overlaps else done + wire
-            sent, now = now + add / chunks, now + add
-    total = now
-    return total + (collective if kind == "reduce" else 0)
-    both = mode == "bidirectional"
-    lanes = chunks + chunks * both
-    work = 0.0
-    for _ in range(lanes):
-        work += product(rows / size / lanes)
-        work += chip.launch * (3 if beside else 2)
-    copy_rate = chip.memory_rate if chip.copy_rate is None else chip.copy_rate
-    per_column = rows / size * itemsize / copy_rate
-    work += 2 * beside * per_column
-    # What each direction of the ring carries in a step: bytes, transfers.
-    aside = rows * beside * itemsize / size
-    extra = 1 if beside else 0
+        there = ((per_device + extra) / 2, lanes / 2 + bool(columns)), (0, 0)
+    times = [b / chip.link_rate + t * chip.latency for b, t in there]
     if both:
-        there = back = (per_device / 2 + aside / 2, chunks + chunks * extra)
-    else:
-        there, back = (per_device, chunks), (aside, chunks * extra)
-    times = [b / chip.link_rate + t * chip.latency for b, t in (there, back)]
+        times[1] = times[0]
     wire = max(times) if chip.both_ways else times[0] + times[1]
-    total = size * (n if kind == "gather" else beside) * per_column
-    if lanes > 1:
-        total += 2 * travels * per_column
-    add = 0.0 if kind == "gather" else 3 * n * per_column
-    # A clock for the matrix unit; a step's wire starts when its first chunk is ready.
-    now = ready = total
-    for s in range(size):
-        arrived = now if s == 0 else ready + wire
-        ready = now + (work / chunks if s == 0 and add else 0.0)
+    rate = chip.memory_rate if chip.copy_rate is None else chip.copy_rate
+    add = 0.0 if kind == "gather" else 3 * rows / size * n * itemsize / rate
+    now = 0.0  # the clock
+    if kind == "gather" and both:
+        now += 2 * per_device / rate
+    if kind != "gather" and chunks % 2 == 0:  # two halves, each a tick behind the other
+        add = 0.0
         if chip.overlaps:
-            now = max(now + work, arrived)
-        else:
-            now = now + work + (wire if s else 0.0)
-        if s:
-            ready = now + add / chunks
-            now += add
-        elif kind == "gather":
-            now = total
-            break
-    if kind == "gather":
-        now = total + work
-        for _ in range(size - 1):
-            now += max(work, wire) if chip.overlaps else work + wire
-    total = now
-    return total + (collective if kind == "reduce" else 0)
-    both = mode == "bidirectional"
-    lanes = chunks + chunks * both
-    work = 0.0
-    for _ in range(lanes):
-        work += product(rows / size / lanes)
-        work += chip.launch * (3 if beside else 2)
-    touched = n if kind == "gather" else k + beside
-    work += 2 * rows / size * touched * itemsize / chip.memory_rate
-    add = 0.0 if kind == "gather" else 3 * rows / size * n * itemsize / chip.memory_rate
-    # What each direction of the ring carries in a step: bytes, transfers.
-    aside = rows * beside * itemsize / size
-    extra = 1 if beside else 0
-    if both:
-        there = back = (per_device / 2 + aside / 2, chunks + chunks * extra)
-    else:
-        there, back = (per_device, chunks), (aside, chunks * extra)
-    times = [b / chip.link_rate + t * chip.latency for b, t in (there, back)]
-    wire = max(times) if chip.both_ways else times[0] + times[1]
+            now += work / 2
+            for _ in range(2 * size - 2):
+                now += max(work / 2, wire / 2)
+            now += work / 2
+    if chip.overlaps and (kind == "gather" or chunks % 2):
+        for s in range(size):
+            sends = s < size - 1 if kind == "gather" else s > 0
+            now += max(work, wire if sends else 0)
+            now += add if s > 0 else 0
     if not chip.overlaps:
-        total = work + sum(work + wire + add for _ in range(size - 1))
-    elif chunks == 1:
-        total = work
+        now += work
         for _ in range(size - 1):
-            total += max(work, wire) + add
-    else:
-        busy = size * work + (size - 1) * add
-        slow = work / chunks + (size - 1) * (wire + add / chunks)
-        total = busy if busy > slow else slow
-    return total + (collective if kind == "reduce" else 0)
+            now += wire + work + add
+    return now + (collective if kind == "reduce" else 0)
 
 
-@given(kinds, shapes, chips, forms, st.booleans(), st.sampled_from([0, 512]))
-def test_predictions_are_the_formulas(kind, shape, chip, form, overlaps, beside):
+@given(kinds, shapes, chips, forms, st.booleans())
+def test_predictions_are_the_formulas(kind, shape, chip, form, overlaps):
     chip = dataclasses.replace(chip, overlaps=overlaps)
-    beside = 0 if kind == "gather" else beside
     mode, chunks = form
-    found = hw.predict(
-        kind, hardware=chip, mode=mode, chunks=chunks, beside=beside, **shape
-    )
-    expected = reference(
-        kind, **shape, chip=chip, mode=mode, chunks=chunks, beside=beside
-    )
+    found = hw.predict(kind, hardware=chip, mode=mode, chunks=chunks, **shape)
+    expected = reference(kind, **shape, chip=chip, mode=mode, chunks=chunks)
     assert math.isclose(found, expected, rel_tol=1e-12)
 
 
@@ -197,35 +125,64 @@ def test_more_bytes_are_slower_and_faster_links_are_not(kind, shape, chip, form,
     assert seconds(faster, shape) <= now
 
 
-@given(kinds, shapes, chips, forms)
-def test_the_backward_pass_is_a_ring_and_a_product(kind, shape, chip, form):
+@given(kinds, shapes, chips, forms, st.booleans())
+def test_the_backward_pass_is_a_ring_and_its_products(kind, shape, chip, form, saved):
     rows, k, n, size, itemsize = (shape[name] for name in LARGE)
-    common: dict[str, Any] = dict(chip=chip, itemsize=itemsize)
-    whole: dict[str, Any] = dict(mode="plain", chunks=1, size=1, **common)
-    free = reference("gather", 0, 0, 0, **whole)  # two launches, where there is one
-    expected = reference("gather", rows=k, k=rows, n=n, **whole) - free / 2
-    if kind == "reduce":
-        expected += reference("gather", rows=rows, k=n, n=k, **whole) - free / 2
-    else:
-        turned: dict[str, Any] = dict(
-            rows=rows, k=n, n=k, size=size, mode=form[0], chunks=form[1]
-        )
-        if kind == "gather":
-            expected += reference("scatter", beside=k, **turned, **common)
-        else:
-            expected += reference("gather", **turned, **common)
     found = hw.predict_backward(
-        kind, hardware=chip, mode=form[0], chunks=form[1], **shape
+        kind,
+        hardware=chip,
+        mode=form[0],
+        chunks=form[1],
+        save_gathered=saved,
+        **shape,
     )
+    weights = product_seconds(k, rows, n, itemsize, chip) + chip.launch
+    if kind == "reduce":
+        expected = weights + chip.launch + product_seconds(rows, n, k, itemsize, chip)
+        assert math.isclose(found, expected, rel_tol=1e-12)
+        return
+    saved = saved and kind == "gather"
+    aside = (0, 0.0)
+    if form[0] != "plain" and not saved:
+        ways = 2 if form[0] == "bidirectional" else 1
+        travels = k if kind == "gather" else n
+        rate = chip.copy_rate or chip.memory_rate
+        work = 2 * rows * travels * itemsize / size / rate
+        if k * n * 4 <= 32 * 2**20:
+            work, weights = 0.0, 0.0
+            for _ in range(ways):
+                work += product_seconds(k, rows // size // ways, n, itemsize, chip)
+                work += chip.launch
+        aside = (k if kind == "gather" else 0, work)
+    turned: dict[str, Any] = dict(rows=rows, k=n, n=k, size=size, itemsize=itemsize)
+    turned |= dict(chip=chip, mode=form[0], chunks=form[1], aside=aside)
+    dual = "scatter" if kind == "gather" else "gather"
+    expected = weights + reference(dual, **turned)
     assert math.isclose(found, expected, rel_tol=1e-12)
 
 
-@given(kinds, shapes, chips, st.booleans())
-def test_a_choice_is_the_best_form_or_plain(kind, shape, chip, backward):
-    choice = hw.choose(kind, hardware=chip, backward=backward, **shape)
+def test_what_is_gathered_costs_copies_forward_and_no_wire_backward():
+    form: dict[str, Any] = dict(mode="ring", chunks=2, hardware=hw.V5E, **LARGE)
+    kept = dict(save_gathered=True, **form)
+    block = LARGE["rows"] / LARGE["size"] * LARGE["k"] * LARGE["itemsize"]
+    forward = hw.predict("gather", **kept) - hw.predict("gather", **form)
+    copies = LARGE["size"] * 2 * block / hw.V5E.memory_rate
+    assert math.isclose(forward, copies, rel_tol=1e-9)
+    assert hw.predict_backward("gather", **kept) < hw.predict_backward("gather", **form)
+    for kind in ("scatter", "reduce"):
+        assert hw.predict(kind, **kept) == hw.predict(kind, **form)
+        assert hw.predict_backward(kind, **kept) == hw.predict_backward(kind, **form)
+
+
+@given(kinds, shapes, chips, st.booleans(), st.booleans())
+@settings(deadline=None)
+def test_a_choice_is_the_best_form_or_plain(kind, shape, chip, backward, saved):
+    kept = dict(backward=backward, save_gathered=saved)
+    choice = hw.choose(kind, hardware=chip, **kept, **shape)
 
     def seconds(mode, chunks):
         form = dict(hardware=chip, mode=mode, chunks=chunks, **shape)
+        form["save_gathered"] = saved and backward
         total = hw.predict(kind, **form)
         return total + hw.predict_backward(kind, **form) if backward else total
 

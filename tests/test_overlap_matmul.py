@@ -90,6 +90,7 @@ def arrays(shape, n, dtype=jnp.float32, seed=0):
         (3, dict(bidirectional=True)),
         (4, dict(chunks=2)),
         (4, dict(chunks=2, bidirectional=True, epilogue=jax.nn.gelu)),
+        (2, dict(chunks=2)),
         (8, {}),
         (8, dict(bidirectional=True, epilogue=jax.nn.gelu)),
     ],
@@ -157,6 +158,92 @@ def test_rings_send_by_permutes_alone_forward_and_backward(form):
     extra = each if form == "gather" else 0
     both = each if form == "reduce" else 2 * each
     assert both <= len(permutes) <= both + extra
+
+
+def gathering(ws, target, wrapper=lambda f: f, **options):
+    """The gradient of products of one gathered x, and how many permutes it takes."""
+
+    def local(x, *ws):
+        return all_gather_matmul(x, ws, "t", **options)
+
+    f = jax.shard_map(
+        wrapper(local),
+        mesh=mesh_of(4),
+        in_specs=(P("t"), *(P(None, "t") for _ in ws)),
+        out_specs=P(None, "t"),
+    )
+
+    def loss(x, *ws):
+        return sum(jnp.sum(jnp.sin(y) * target) for y in jax.tree.leaves(f(x, *ws)))
+
+    return jax.grad(loss, argnums=tuple(range(len(ws) + 1)))
+
+
+def permutes(f, *arrays):
+    return str(jax.make_jaxpr(f)(*arrays)).count("ppermute[")
+
+
+@pytest.mark.parametrize("wrapper", [lambda f: f, jax.checkpoint])
+@pytest.mark.parametrize("limit", [0, 2**25])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(epilogue=None),
+        dict(epilogue=lambda a, b: jax.nn.gelu(a) * b),
+        dict(epilogue=lambda a, b: (a * b, jnp.tanh(b)), bidirectional=True, chunks=2),
+    ],
+)
+def test_a_gathered_input_that_is_kept_is_not_sent_again(
+    monkeypatch, wrapper, limit, options
+):
+    monkeypatch.setattr("jaxlab.overlap.ring.SUMS", limit)  # sums, or one product
+    x, w, target = arrays((16, 8), 12)
+    v = arrays((16, 8), 12, seed=1)[1]
+    plain = options["epilogue"] or (lambda *products: products)
+
+    def loss(x, *ws):
+        found = jax.tree.leaves(plain(*(x @ w for w in ws)))
+        return sum(jnp.sum(jnp.sin(y) * target) for y in found)
+
+    want = jax.grad(loss, argnums=(0, 1, 2))(x, w, v)
+    counts = []
+    for save in (False, True):
+        step = gathering((w, v), target, wrapper, save_gathered=save, **options)
+        got = jax.jit(step)(x, w, v)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, want)
+        counts.append(permutes(step, x, w, v))
+    once = 6 if options.get("bidirectional") else 3
+    # Remat computes nothing again for products alone, but to have the gathered x.
+    again = wrapper is jax.checkpoint and options["epilogue"] is None
+    assert counts[0] - counts[1] == (0 if again else once)
+
+
+@pytest.mark.parametrize("form", ["gather", "scatter"])
+@pytest.mark.parametrize("options", [{}, dict(chunks=2, bidirectional=True)])
+def test_weights_too_large_for_sums_by_block(monkeypatch, form, options):
+    x, w, target = arrays((32, 16), 24)
+    step = partial(on_mesh, form, FORMS[form][0], 4, 0, 2, **options)
+    want = step()(x, w, target)
+    monkeypatch.setattr("jaxlab.overlap.ring.SUMS", 0)
+    by_one = step()
+    products = str(jax.make_jaxpr(by_one)(x, w, target)).count("dot_general[")
+    monkeypatch.undo()
+    assert products < str(jax.make_jaxpr(step())(x, w, target)).count("dot_general[")
+    got = by_one(x, w, target)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, want)
+
+
+def test_bfloat16_derivatives_of_weights_are_summed_in_float32():
+    """As exact as the product of the plain form, which rounds once, at the end."""
+    x, w, target = arrays((512, 16), 16, jnp.bfloat16)
+    exact = [a.astype(jnp.float32) for a in (x, w)]
+    (_, _), (_, want) = on_mesh("scatter", plain_scatter, 8, 0, 2)(*exact, target)
+    errors = []
+    for op in FORMS["scatter"]:
+        f = on_mesh("scatter", op, 8, 0, 2)
+        (_, _), (_, dw) = f(x, w, target)
+        errors.append(float(jnp.abs(dw.astype(jnp.float32) - want).max()))
+    assert errors[0] <= 1.5 * errors[1] + 1e-6
 
 
 def test_the_gathered_input_and_an_epilogue_with_a_bias_have_derivatives():

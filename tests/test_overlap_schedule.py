@@ -49,10 +49,13 @@ def test_targets_that_there_are_not(target):
         target_mesh(target, {"t": 8})
 
 
+WHOLE, SMALL = bench.Options(), bench.Options(rows=2048, width=1024, hidden=4096)
+
+
 @functools.cache
-def compiled(target, form, flags="recommended"):
+def compiled(target, form, flags="recommended", options=WHOLE):
     """What the compiler made of an MLP on 8 devices."""
-    return bench.run_case(target, form, flags, bench.Options())
+    return bench.run_case(target, form, flags, options)
 
 
 @pytest.mark.requires("libtpu")
@@ -65,6 +68,21 @@ def test_on_tpu_every_permute_has_a_product(form, permutes):
     assert plain["synchronous"] and plain["covered"] <= 1
     assert ring["product_cycles"] <= 1.05 * plain["product_cycles"]
     assert ring["temporary_bytes"] <= 1.05 * plain["temporary_bytes"]
+
+
+@pytest.mark.requires("libtpu")
+@pytest.mark.parametrize("target", bench.TPUS[1:])
+@pytest.mark.parametrize(("form", "permutes"), [("ring", 14), ("ring-gradient", 28)])
+def test_so_it_is_on_other_tpus(target, form, permutes):
+    ring = compiled(target, form, options=SMALL)
+    assert ring["asynchronous"] == ring["covered"] >= permutes
+    assert not ring["synchronous"]
+
+
+@pytest.mark.requires("libtpu")
+def test_sums_in_float32_are_hidden_as_well():
+    ring = compiled(bench.TPU, "ring-gradient-float32", options=SMALL)
+    assert ring["asynchronous"] == ring["covered"] >= 28 and not ring["synchronous"]
 
 
 @pytest.mark.requires("jax_cuda13_plugin")

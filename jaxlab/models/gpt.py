@@ -134,6 +134,12 @@ def _matmul(x: Array, kernel: Array, by_hand: bool) -> Array:
     return kernels.matmul(x, kernel, True if by_hand else None)
 
 
+def _accelerated() -> bool | None:
+    """True on a mesh of accelerators, which need not be here; None: nobody knows."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return True if device is not None and device.platform != "cpu" else None
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary embeddings (arXiv 2305.13245)."""
 
@@ -167,7 +173,7 @@ class Attention(nn.Module):
                 write(cache[0], k_btke, start_b), write(cache[1], v_btke, start_b)
             )
             k_btke, v_btke = cache
-        out_bthe = kernels.attention(q_bthe, k_btke, v_btke, mask_bts)
+        out_bthe = kernels.attention(q_bthe, k_btke, v_btke, mask_bts, _accelerated())
         out = linear(c.width, ("heads", "embed"), 1 / (2 * c.layers), name="out")
         y_btd = out(out_bthe.reshape(b, t, -1))
         return scatter_rows(y_btd, self.by_hand), cache

@@ -15,28 +15,32 @@ the same, so one device's time is everybody's. With m = rows / size:
     sum         of the block that arrived and the product: two reads and a write, at
                 the memory's rate
     plain       product(rows) + (size - 1) wires of whole blocks + 2 launches
-    gather      writing zeros + step + (size - 1) max(step, wire)
-    scatter     max(2 steps, step / chunks + wire)
-                + (size - 2) max(step + sum, sum / chunks + wire) + sum
+    gather      step + (size - 1) max(step, wire), with one lane for each direction
+    scatter     2 half + (2 size - 2) max(half, wire / 2) if `chunks` is even: half of
+                the lanes travel while products add what has arrived of the others;
+                step + (size - 1) (max(step, wire) + sum) if it is odd
     reduce      scatter, and a plain all-gather of the result
 
-More than one lane also costs cutting or joining a block. The windows are those of the
-schedules that libtpu makes for v5e: the slices of a gather are read and written by the
-products themselves; every block of a step has arrived before the next step begins; and
-in a scatter a chunk leaves as soon as it is added, which is all that chunks gain.
+A second lane of a gather also costs cutting a block. Derivatives of weights are part of
+each step where they are summed there (`jaxlab.overlap.ring.SUMS`); else what arrives is
+copied into its place, and a product comes after. The windows are those of the schedules
+that libtpu makes for v5e: the slices of a product are read and written by itself, and
+every block of a step has arrived before the next step begins.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxlab.overlap.ring import SUMS
 
 Kind = Literal["gather", "scatter", "reduce"]
 Mode = Literal["plain", "ring", "bidirectional"]
@@ -120,131 +124,101 @@ class Choice(NamedTuple):
     """predicted, of the plain form"""
 
 
+class Shape(TypedDict):
+    """A collective matmul on hardware: keyword arguments of `predict` and others."""
+
+    rows: int
+    """of the whole operand, gathered or still to be scattered"""
+    k: int
+    """contracted size on a device"""
+    n: int
+    """columns on a device, of all weights that share the operand"""
+    size: int
+    """devices in the ring"""
+    itemsize: int
+    """bytes of an element of what travels; the operands are taken to be as wide"""
+    hardware: Hardware
+    """the chips"""
+
+
 def predict(
     kind: Kind,
     *,
-    rows: int,
-    k: int,
-    n: int,
-    size: int,
-    itemsize: int,
-    hardware: Hardware,
     mode: Mode,
     chunks: int = 1,
-    beside: int = 0,
+    save_gathered: bool = False,
+    **shape: Unpack[Shape],
 ) -> float:
     """Seconds that one collective matmul takes; the formulas are the module's.
 
     Args:
         kind: "gather" is `all_gather_matmul`, "scatter" `matmul_reduce_scatter` and
             "reduce" `matmul_all_reduce`.
-        rows: of the whole operand, gathered or still to be scattered.
-        k: contracted size on a device.
-        n: columns on a device, of all weights that share the operand.
-        size: devices in the ring.
-        itemsize: bytes of an element of what travels; the operands in memory are taken
-            to be as wide.
-        hardware: the chips.
         mode: the form; "bidirectional" has twice as many lanes as "ring".
         chunks: lanes in one direction; 1 if plain.
-        beside: columns of an array that is gathered beside a scatter, as in the
-            backward pass of a gather; in the opposite direction if there is one. The
-            plain form does not have it: autodiff keeps what it gathered.
+        save_gathered: a gather's ring keeps what it gathers, as the plain form does.
+        shape: see `Shape`.
 
     Raises:
         ValueError: the rows do not divide among devices x lanes, or `chunks` does not
             go with the mode.
     """
-    if chunks < 1 or (mode == "plain" and chunks != 1):
-        raise ValueError(f"{chunks} chunks of mode {mode!r}: at least 1, plain just 1")
-    columns = k if kind == "gather" else n
-    block = rows / size * columns * itemsize
-    gather = (size - 1) * _plain_wire(block, hardware) + hardware.launch
-    if mode == "plain" or size == 1:
-        product = _product(rows, k, n, itemsize, hardware) + hardware.launch
-        collectives = 0 if size == 1 else 2 if kind == "reduce" else 1
-        return product + collectives * gather
-    lanes = chunks * (2 if mode == "bidirectional" else 1)
-    if rows % (size * lanes):
-        raise ValueError(
-            f"{rows} rows do not divide among {size} devices x {lanes} lanes"
-        )
-    step = lanes * _product(rows // size // lanes, k, n, itemsize, hardware)
-    step += lanes * (3 if beside else 2) * hardware.launch
-    copy_rate = hardware.copy_rate or hardware.memory_rate
-    column = rows / size * itemsize / copy_rate  # to read one column of a block
-    step += 2 * beside * column  # what arrives is put in its place
-    once = size * (n if kind == "gather" else beside) * column  # zeros to put it in
-    once += 2 * columns * column if lanes > 1 else 0.0  # cut, or joined at the end
-    addition = 0.0 if kind == "gather" else 3 * n * column
-    extra = rows / size * beside * itemsize
-    wire = _ring_wire(block, extra, lanes, mode == "bidirectional", hardware)
-    if kind == "reduce":
-        once += gather
-    if not hardware.overlaps:
-        return once + size * step + (size - 1) * (wire + addition)
-    if kind == "gather":
-        return once + step + (size - 1) * max(step, wire)
-    first = max(2 * step, step / chunks + wire)
-    others = max(step + addition, addition / chunks + wire)
-    return once + first + (size - 2) * others + addition
+    beside = _Beside()
+    if save_gathered and kind == "gather":
+        beside = _Beside(work=_copies(shape["k"], shape))
+    return _seconds(kind, mode, chunks, beside, shape)
 
 
 def predict_backward(
     kind: Kind,
     *,
-    rows: int,
-    k: int,
-    n: int,
-    size: int,
-    itemsize: int,
-    hardware: Hardware,
     mode: Mode,
     chunks: int = 1,
+    save_gathered: bool = False,
+    **shape: Unpack[Shape],
 ) -> float:
     """Seconds of the derivatives by x and w of one collective matmul.
 
-    A gather's is a scatter ring for dx beside which x is gathered once more, a
-    scatter's a gather ring, and a reduce's has no communication; each with one whole
-    product for dw.
+    A gather's is a scatter ring for dx, beside which x is gathered once more unless it
+    was kept; a scatter's a gather ring; a reduce's has no communication.
 
     Args:
         kind: that of the forward pass, for which all that follows is meant as well;
             see `predict`.
-        rows: of the whole operand.
-        k: contracted size on a device.
-        n: columns on a device.
-        size: devices in the ring.
-        itemsize: bytes of an element of what travels.
-        hardware: the chips.
         mode: the form.
         chunks: lanes in one direction.
+        save_gathered: the forward pass kept what it gathered.
+        shape: see `Shape`.
 
     Raises:
         ValueError: see `predict`.
     """
-    product = _product(rows, n, k, itemsize, hardware) + hardware.launch
+    rows, k, n, size = (shape[name] for name in ("rows", "k", "n", "size"))
+    itemsize, hardware = shape["itemsize"], shape["hardware"]
+    turned: Shape = {**shape, "k": n, "n": k}
     weights = _product(k, rows, n, itemsize, hardware) + hardware.launch
     if kind == "reduce":
-        return product + weights
-    ring: dict[str, Any] = dict(rows=rows, k=n, n=k, size=size, itemsize=itemsize)
-    ring |= dict(hardware=hardware, mode=mode, chunks=chunks)
-    if kind == "gather":
-        return predict("scatter", beside=k, **ring) + weights
-    return predict("gather", **ring) + weights
+        return _product(rows, n, k, itemsize, hardware) + hardware.launch + weights
+    dual: Kind = "scatter" if kind == "gather" else "gather"
+    beside = _Beside()
+    if mode != "plain" and size > 1 and not (kind == "gather" and save_gathered):
+        ways = 2 if mode == "bidirectional" else 1
+        work = _copies(k if kind == "gather" else n, shape)
+        if 4 * k * n <= SUMS:
+            part = -(-rows // size // ways)
+            work = ways * (_product(k, part, n, itemsize, hardware) + hardware.launch)
+            weights = 0.0
+        beside = _Beside(work, k if kind == "gather" else 0)
+    return _seconds(dual, mode, chunks, beside, turned) + weights
 
 
 def choose(
     kind: Kind,
     *,
-    rows: int,
-    k: int,
-    n: int,
-    size: int,
-    itemsize: int,
-    hardware: Hardware,
     margin: float = MARGIN,
     backward: bool = False,
+    save_gathered: bool = False,
+    **shape: Unpack[Shape],
 ) -> Choice:
     """The form predicted to be fastest; plain unless a ring is, by a margin.
 
@@ -252,29 +226,24 @@ def choose(
     bytes of the plain form, which kept what it gathered.
 
     Args:
-        kind: see `predict`, also for the next five.
-        rows: of the whole operand.
-        k: contracted size on a device.
-        n: columns on a device.
-        size: devices in the ring.
-        itemsize: bytes of an element of what travels.
-        hardware: the chips; see `find` and `measure`.
+        kind: see `predict`.
         margin: part of plain's time that a ring must save.
         backward: the function will be differentiated: the seconds are those of both
             passes, which have the same form.
+        save_gathered: of `all_gather_matmul`; counts where there is a backward pass.
+        shape: see `Shape`; for the hardware `find` and `measure`.
     """
+    saved = save_gathered and backward
 
     def seconds(mode: Mode, chunks: int) -> float:
-        form: dict[str, Any] = shape | dict(mode=mode, chunks=chunks)
-        total = predict(kind, **form)
-        return total + (predict_backward(kind, **form) if backward else 0.0)
+        form: dict[str, Any] = dict(mode=mode, chunks=chunks, save_gathered=saved)
+        total = predict(kind, **form, **shape)
+        return total + (predict_backward(kind, **form, **shape) if backward else 0.0)
 
-    shape: dict[str, Any] = dict(
-        rows=rows, k=k, n=n, size=size, itemsize=itemsize, hardware=hardware
-    )
+    rows, size = shape["rows"], shape["size"]
     plain = seconds("plain", 1)
     best = Choice("plain", 1, plain, plain)
-    if size == 1 or not hardware.overlaps:
+    if size == 1 or not shape["hardware"].overlaps:
         return best
     limit = (1 - margin) * plain
     modes: tuple[tuple[Mode, int], ...] = (("ring", 1), ("bidirectional", 2))
@@ -286,6 +255,60 @@ def choose(
             if found < min(limit, best.seconds):
                 best = Choice(mode, chunks, found, plain)
     return best
+
+
+class _Beside(NamedTuple):
+    """What is done in each step of a ring besides its own."""
+
+    work: float = 0.0
+    """seconds"""
+    columns: int = 0
+    """of an array that is gathered beside a scatter, the other way round"""
+
+
+def _copies(columns: int, shape: Shape) -> float:
+    """Seconds of a read and a write of so many columns of a block."""
+    hardware = shape["hardware"]
+    rate = hardware.copy_rate or hardware.memory_rate
+    return 2 * columns * shape["rows"] / shape["size"] * shape["itemsize"] / rate
+
+
+def _seconds(
+    kind: Kind, mode: Mode, chunks: int, beside: _Beside, shape: Shape
+) -> float:
+    if chunks < 1 or (mode == "plain" and chunks != 1):
+        raise ValueError(f"{chunks} chunks of mode {mode!r}: at least 1, plain just 1")
+    rows, k, n, size = (shape[name] for name in ("rows", "k", "n", "size"))
+    itemsize, hardware = shape["itemsize"], shape["hardware"]
+    columns = k if kind == "gather" else n
+    block = rows / size * columns * itemsize
+    gather = (size - 1) * _plain_wire(block, hardware) + hardware.launch
+    if mode == "plain" or size == 1:
+        product = _product(rows, k, n, itemsize, hardware) + hardware.launch
+        collectives = 0 if size == 1 else 2 if kind == "reduce" else 1
+        return product + collectives * gather
+    ways = 2 if mode == "bidirectional" else 1
+    lanes = chunks * ways
+    if rows % (size * lanes):
+        raise ValueError(
+            f"{rows} rows do not divide among {size} devices x {lanes} lanes"
+        )
+    lanes = ways if kind == "gather" else lanes
+    step = lanes * _product(rows // size // lanes, k, n, itemsize, hardware)
+    step += (2 * lanes + (ways if beside.columns else 0)) * hardware.launch
+    step += beside.work
+    extra = rows / size * beside.columns * itemsize
+    wire = _ring_wire(block, extra, lanes, ways, hardware)
+    once = gather if kind == "reduce" else 0.0
+    if kind == "gather":
+        once += _copies(k, shape) if ways == 2 else 0.0  # cut
+    apart = kind != "gather" and chunks % 2 == 0
+    addition = 0.0 if kind == "gather" or apart else 1.5 * _copies(n, shape)
+    if not hardware.overlaps:
+        return once + size * step + (size - 1) * (wire + addition)
+    if apart:
+        return once + step + (size - 1) * max(step, wire)
+    return once + step + (size - 1) * (max(step, wire) + addition)
 
 
 def _product(m: int, k: int, n: int, itemsize: int, hardware: Hardware) -> float:
@@ -305,22 +328,22 @@ def _plain_wire(block: float, hardware: Hardware) -> float:
 
 
 def _ring_wire(
-    block: float, beside: float, lanes: int, bidirectional: bool, hardware: Hardware
+    block: float, beside: float, lanes: int, ways: int, hardware: Hardware
 ) -> float:
     """Seconds of a step of the ring: `lanes` transfers of `block` bytes in all.
 
-    `beside`, if any, makes as many transfers again, against the direction of the block.
+    `beside`, if any, makes a transfer for each direction, against that of the block.
     """
-    if bidirectional:
-        each_way = ((block + beside) / 2, lanes if beside else lanes // 2)
+    if ways == 2:
+        each_way = ((block + beside) / 2, lanes // 2 + bool(beside))
         other = each_way
     else:
-        each_way, other = (block, lanes), (beside, lanes if beside else 0)
-    ways = [
+        each_way, other = (block, lanes), (beside, int(bool(beside)))
+    seconds = [
         carried / hardware.link_rate + transfers * hardware.latency
         for carried, transfers in (each_way, other)
     ]
-    return max(ways) if hardware.both_ways else sum(ways)
+    return max(seconds) if hardware.both_ways else sum(seconds)
 
 
 # ------------------------------------------------------------- unknown hardware

@@ -12,7 +12,14 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxlab.overlap.ring import Ring, gather_ring, reduce_ring, scatter_ring, total
+from jaxlab.overlap.ring import (
+    Ring,
+    gather_ring,
+    reduce_ring,
+    scatter_ring,
+    total,
+    varying,
+)
 
 Epilogue = Callable[..., Any]
 Arrays = jax.Array | Sequence[jax.Array]
@@ -34,6 +41,7 @@ def all_gather_matmul(
     precision: Any = None,
     preferred_element_type: Any = None,
     return_gathered: bool = False,
+    save_gathered: bool = False,
 ) -> Any:
     """`epilogue(all_gather(x, axis_name, axis=dim, tiled=True) @ w)`, overlapped.
 
@@ -43,14 +51,19 @@ def all_gather_matmul(
             key and value, which share one gather.
         axis_name: mesh axis of the ring.
         dim: dimension to gather; not the last.
-        chunks: lanes; more hide more of the first and last step, in smaller products.
-        bidirectional: twice as many lanes, every other one the other way round.
+        chunks: lanes of the derivative's ring in each direction, see
+            `matmul_reduce_scatter`; the forward one has a single lane.
+        bidirectional: half of each block goes the other way round.
         epilogue: elementwise, applied to each block as it is made, e.g. `jax.nn.gelu`;
             it takes a product for each w, and may close over arrays that broadcast
             against a block.
         precision: of the products, as of `jnp.matmul`.
         preferred_element_type: of products and result.
         return_gathered: also the gathered x, which the ring has at hand.
+        save_gathered: keep the gathered x for the derivative, as autodiff of the plain
+            form does: N times the memory of x. Otherwise x alone is kept, and goes
+            round again beside the derivative's ring. Worth it where that ring waits
+            for the wire, and in `jax.checkpoint` where the products are needed again.
 
     Returns:
         [..., n], varying over the axis, for several w a tuple; what the epilogue
@@ -81,8 +94,11 @@ def all_gather_matmul(
         if epilogue is not None:
             blocks = [jax.eval_shape(ring.dot, x, w) for w in ws]
             epilogue, hoisted = jax.closure_convert(epilogue, *blocks)
-            constants = tuple(hoisted)
-        both: Any = gather_ring(ring, epilogue, return_gathered, x, ws, constants)
+            constants = varying(hoisted, axis_name)
+        (x,), ws = varying((x,), axis_name), varying(ws, axis_name)
+        both: Any = gather_ring(
+            ring, epilogue, return_gathered, save_gathered, x, ws, constants
+        )
         y, gathered = both
     if epilogue is None and not isinstance(w, Sequence):
         (y,) = y
@@ -110,8 +126,10 @@ def matmul_reduce_scatter(
         w: [k, n], this device's rows of the weights; as many as of x.
         axis_name: mesh axis of the ring.
         dim: dimension to scatter; not the last.
-        chunks: lanes, see `all_gather_matmul`.
-        bidirectional: see `all_gather_matmul`.
+        chunks: lanes in each direction. If even, half of them are half a step behind,
+            so that products add what arrives and no addition is a pass of its own: on
+            TPU take 2. If odd, products are larger.
+        bidirectional: as many lanes again, the other way round.
         epilogue: elementwise, applied to the device's rows of the sum.
         precision: of the products.
         preferred_element_type: of products, sums and result; float32 for bfloat16
@@ -139,7 +157,7 @@ def matmul_reduce_scatter(
         y = total(map(ring.dot, xs, ws))
         y = lax.psum_scatter(y, axis_name, scatter_dimension=ring.dim, tiled=True)
     else:
-        y: Any = scatter_ring(ring, xs, ws)
+        y: Any = scatter_ring(ring, varying(xs, axis_name), varying(ws, axis_name))
     return y if epilogue is None else epilogue(y)
 
 
@@ -166,8 +184,8 @@ def matmul_all_reduce(
         w: [k, n], this device's rows of the weights; as many as of x.
         axis_name: mesh axis of the ring.
         dim: dimension that the ring's blocks are cut along; not the last.
-        chunks: lanes, see `all_gather_matmul`.
-        bidirectional: see `all_gather_matmul`.
+        chunks: lanes in each direction, see `matmul_reduce_scatter`.
+        bidirectional: see `matmul_reduce_scatter`.
         epilogue: elementwise, applied to the sum.
         precision: of the products.
         preferred_element_type: of products, sums and result.
@@ -188,7 +206,7 @@ def matmul_all_reduce(
         _report("matmul_all_reduce", reason)
         y = lax.psum(total(map(ring.dot, xs, ws)), axis_name)
     else:
-        y: Any = reduce_ring(ring, xs, ws)
+        y: Any = reduce_ring(ring, varying(xs, axis_name), varying(ws, axis_name))
     return y if epilogue is None else epilogue(y)
 
 

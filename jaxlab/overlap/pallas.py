@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlab.overlap.pallas_kernels import LANES, Plan, gather, scatter
-from jaxlab.overlap.ring import whole_cotangent
+from jaxlab.overlap.ring import varying, whole_cotangent
 
 # ----------------------------------------------------------------- derivatives
 
@@ -278,7 +278,8 @@ def _plan(x, w, axis_name, precision, result, tiles, collective_id, interpret):
         interpret = pltpu.InterpretParams()
     dtypes = result, precision
     plan = Plan(axes, place, size, tiles, *dtypes, collective_id, interpret)
-    return plan, *_varying_alike(x.astype(dtype), w.astype(dtype))
+    both = varying((x.astype(dtype), w.astype(dtype)), axis_name)
+    return plan, *_varying_alike(*both)
 
 
 def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:

@@ -28,7 +28,10 @@ class Policy:
     pallas: one TPU kernel each (`jaxlab.overlap.pallas`), under a shard_map over all
     axes; off TPU they are interpreted, slowly"""
     chunks: int = 1
-    """lanes of a ring; auto chooses by itself, pallas has none"""
+    """of a ring, see `matmul_reduce_scatter`: on TPU take 2; auto chooses by itself,
+    pallas has none"""
+    save_gathered: bool = False
+    """keep what was gathered for the derivative, see `all_gather_matmul`"""
     min_bytes: int = 0
     """smaller collectives stay plain"""
     axes: tuple[str, ...] | None = None
@@ -118,7 +121,8 @@ def decide(
         if hardware is None:
             reason = "XLA on CPU multiplies and communicates one after the other"
             return site(eqn, "plain", reason=reason), None
-        mode, chunks, *seconds = choose(**_shape(jaxpr, group, size), hardware=hardware)
+        shape = _shape(jaxpr, group, size) | dict(save_gathered=policy.save_gathered)
+        mode, chunks, *seconds = choose(**shape, hardware=hardware)
         predicted = dict(zip(("seconds", "plain_seconds"), seconds, strict=True))
     if mode == "plain":
         reason = (
@@ -136,6 +140,8 @@ def decide(
         return site(eqn, "skipped", reason=reason), None
     settings = {name: first.params[name] for name in sites.SETTINGS}
     settings |= dict(axis_name=sites.axis_of(eqn), mode=mode, chunks=chunks)
+    if isinstance(group, sites.Gather):
+        settings["save_gathered"] = policy.save_gathered
     return site(eqn, mode, chunks=chunks, **predicted), settings
 
 

@@ -1,17 +1,19 @@
 """The rings of the collective matmuls, and their derivatives.
 
-A lane is a ring: rows are cut into `chunks` lanes, twice as many if `bidirectional`,
-every other one turning the other way round, so that both directions of a link carry
-something. With direction +1 a block travels from device i to i - 1, so at step s
-device i multiplies the block of device i + s. The reduce-scatter is its mirror: at step
-s device i adds to the sum that is on its way to device i - s - 1.
+A gather has a lane for each direction: with direction +1 a block travels from device i
+to i - 1, so at step s device i multiplies the block of device i + s. If
+`bidirectional`, rows are cut into two lanes, which turn opposite ways round, so that
+both directions of a link carry something. The reduce-scatter is its mirror: at step s
+device i adds to the sum that is on its way to device i - s - 1. It has `chunks` lanes
+for each direction. If that is even, they are two groups half a step apart: while the
+sums of one group travel, the products of the other add what has arrived, and no
+addition is a pass of its own. Otherwise product and addition are kept apart, since a
+product that adds what arrives has to wait for it, and nothing overlaps.
 
 A barrier closes each step. Without it XLA on GPU merges the products of all steps,
-which share the weights, into one after the last permute, and XLA on TPU fuses a
-product with the addition of what has just arrived: nothing overlaps in either case.
+which share the weights, into one after the last permute.
 
-The derivatives are rings again, with one whole product for the weights: plain
-differentiation would cut that one into N accumulations.
+The derivatives are rings again, see `_Weights` for those of the weights.
 """
 
 import functools
@@ -25,6 +27,10 @@ from jax import lax
 UNROLLED = 16
 """Rings of more devices are a loop in the program."""
 
+SUMS = 32 * 2**20
+"""Derivatives of weights of fewer bytes in float32 are summed block by block: XLA on
+TPU makes those additions part of the products."""
+
 
 class Ring(NamedTuple):
     """The static arguments of a collective matmul."""
@@ -37,6 +43,16 @@ class Ring(NamedTuple):
     precision: Any
     accumulate: Any
 
+    @property
+    def ways(self) -> int:
+        """Directions that blocks travel in."""
+        return 2 if self.both_ways else 1
+
+    @property
+    def phases(self) -> int:
+        """2 where the lanes of a scatter are two groups, half a step apart."""
+        return 1 if self.lanes // self.ways % 2 else 2
+
     def direction(self, lane: int) -> int:
         """1 or -1: which way round a lane turns."""
         return -1 if self.both_ways and lane % 2 else 1
@@ -45,6 +61,11 @@ class Ring(NamedTuple):
         """What device i + shift has, on device i."""
         pairs = [((i + shift) % self.size, i) for i in range(self.size)]
         return lax.ppermute(x, self.axis_name, pairs)
+
+    def pass_on(self, blocks: list[jax.Array], sign: int) -> list[jax.Array]:
+        """What arrives where every device sends a block for each of some lanes."""
+        turns = (sign * self.direction(i) for i in range(len(blocks)))
+        return [self.receive(b, turn) for b, turn in zip(blocks, turns, strict=True)]
 
     def peer(self, shift: Any) -> jax.Array:
         """Number of the device that many places on."""
@@ -56,119 +77,146 @@ class Ring(NamedTuple):
             x, w, precision=self.precision, preferred_element_type=self.accumulate
         )
 
-    def dot_rows(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """x^T y over all rows: the derivative of the weights, in one product."""
+    def dot_rows(self, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+        """x^T y over all rows: the derivative of the weights."""
         rows = tuple(range(x.ndim - 1))
         return lax.dot_general(
             x,
             y,
             ((rows, rows), ((), ())),
             precision=self.precision,
-            preferred_element_type=self.accumulate,
+            preferred_element_type=dtype or self.accumulate,
         )
 
-    def block(self, whole: jax.Array, device: Any, lane: int) -> jax.Array:
-        """Rows of a lane of a device's block, in an array of all blocks."""
-        rows = whole.shape[self.dim] // self.size // self.lanes
-        start = (device * self.lanes + lane) * rows
+    def block(self, whole: jax.Array, device: Any, lane: Any, lanes: int) -> jax.Array:
+        """Rows of one of the lanes of a device's block, in an array of all blocks."""
+        rows = whole.shape[self.dim] // self.size // lanes
+        start = (device * lanes + lane) * rows
         return lax.dynamic_slice_in_dim(whole, start, rows, self.dim)
 
-    def put(self, whole: jax.Array, part: jax.Array, device: Any, lane: int):
+    def put(self, whole: jax.Array, part: jax.Array, device: Any, lane: Any):
         """The array of all blocks with this part in its place."""
-        start = (device * self.lanes + lane) * part.shape[self.dim]
+        rows = part.shape[self.dim]
+        start = device * (whole.shape[self.dim] // self.size) + lane * rows
         part = part.astype(whole.dtype)
         return lax.dynamic_update_slice_in_dim(whole, part, start, self.dim)
 
-    def empty(self, like: jax.Array, *, width: int, rows: int, dtype: Any):
-        """Zeros like a block but for rows and width; varying where it does."""
+    def empty(self, like: jax.Array, times: int, width: int, dtype: Any) -> jax.Array:
+        """Room for so many blocks, to be written over; varying where a block does."""
         shape = list(like.shape)
-        shape[self.dim], shape[-1] = rows, width
+        shape[self.dim], shape[-1] = times * like.shape[self.dim], width
         vary = jax.typeof(like).manual_axis_type.varying
-        zeros = jnp.zeros(shape, dtype)
+        room = lax.empty(tuple(shape), dtype)
         inside = self.axis_name in jax.sharding.get_abstract_mesh().manual_axes
-        return lax.pcast(zeros, tuple(vary), to="varying") if vary and inside else zeros
+        return lax.pcast(room, tuple(vary), to="varying") if vary and inside else room
 
 
-def _steps(first: int, last: int, step: Callable[[Any, Any], Any], state: Any) -> Any:
-    """Steps first .. last - 1 of a ring, written out where they are few."""
-    if last - first < UNROLLED:
-        for s in range(first, last):
+def _steps(size: int, step: Callable[..., Any], state: Any) -> Any:
+    """All steps of a ring; those between the first and the last may be a loop."""
+    state = step(0, state)
+    if size <= UNROLLED:
+        for s in range(1, size - 1):
             state = step(s, state)
-        return state
-    return lax.fori_loop(first, last, step, state)
+    else:
+        state = lax.fori_loop(1, size - 1, step, state)
+    return step(size - 1, state, last=True)
 
 
 def _gather_multiply(ring: Ring, x, ws, visit, results):
     """Passes the blocks of x round; `visit(results, products, block, device, lane)`."""
 
-    def multiply(s, lanes, ws, results):
-        for lane, block in enumerate(lanes):
-            device = ring.peer(ring.direction(lane) * s)
-            products = tuple(ring.dot(block, w) for w in ws)
-            results = visit(results, products, block, device, lane)
-        return results
-
-    def step(s, state):
+    def step(s, state, last=False):
         lanes, ws, results = state
-        coming = [ring.receive(b, ring.direction(i)) for i, b in enumerate(lanes)]
-        results = multiply(s, lanes, ws, results)
+        coming = [] if last else ring.pass_on(lanes, 1)
+        for lane, block in enumerate(lanes):
+            products = tuple(ring.dot(block, w) for w in ws)
+            device = ring.peer(ring.direction(lane) * s)
+            results = visit(results, products, block, device, lane)
+        if last:
+            return results
         return lax.optimization_barrier((coming, ws, results))
 
-    lanes = jnp.split(x, ring.lanes, axis=ring.dim)
-    lanes, ws, results = _steps(0, ring.size - 1, step, (lanes, ws, results))
-    return multiply(ring.size - 1, lanes, ws, results)
+    lanes = jnp.split(x, ring.ways, axis=ring.dim)
+    return _steps(ring.size, step, (lanes, ws, results))
 
 
-def _multiply_scatter(ring: Ring, wholes, ws, plus=None, beside=None):
+def _multiply_scatter(ring: Ring, wholes, ws, plus=None, beside=(None, None, None)):
     """This device's rows of the sum over devices of the wholes @ ws + plus.
 
-    `beside` = (block, buffer): an array to gather on the way; its buffer is returned.
+    `beside` is (x, visit, results): blocks of x pass on the way, each is shown to
+    `visit(results, block, device, lane)`, and the last results are returned as well.
     """
-    each = range(ring.lanes)
+    x, visit, results = beside
+    apart = ring.phases == 2
 
-    def products(s, ws):
+    def products(s, phase, ws):
+        each = ring.lanes // ring.phases
         parts = []
-        for lane in each:
-            device = ring.peer(-ring.direction(lane) * (s + 1))
+        for i in range(each):
+            place = ring.peer(-ring.direction(i) * (s + 1)), phase * each + i
             part = total(
-                ring.dot(ring.block(whole, device, lane), w)
+                ring.dot(ring.block(whole, *place, ring.lanes), w)
                 for whole, w in zip(wholes, ws, strict=True)
             )
             if plus is not None:
-                part += ring.block(plus, device, lane).astype(part.dtype)
+                part += ring.block(plus, *place, ring.lanes).astype(part.dtype)
             parts.append(part)
         return parts
 
-    def put(s, lanes, buffer):
-        for lane, block in enumerate(lanes):
-            device = ring.peer(ring.direction(lane) * s)
-            buffer = ring.put(buffer, block, device, lane)
-        return buffer
+    def add(parts, arrived):
+        # XLA on TPU makes the addition part of the product in this order alone.
+        return [p + a for p, a in zip(parts, arrived, strict=True)]
 
-    def step(s, state):
-        sums, ws, lanes, buffer = state
-        arrived = [ring.receive(sums[i], -ring.direction(i)) for i in each]
-        lanes = [ring.receive(b, ring.direction(i)) for i, b in enumerate(lanes)]
-        parts = products(s, ws)
-        arrived, parts, lanes, ws = lax.optimization_barrier(
-            (arrived, parts, lanes, ws)
-        )
-        sums = [a + p for a, p in zip(arrived, parts, strict=True)]
-        return sums, ws, lanes, put(s, lanes, buffer)
+    def step(s, state, last=False):
+        sums, arrived, ws, lanes, results = state
+        coming = [] if last else ring.pass_on(lanes, 1)
+        done = []
+        for phase in range(ring.phases):
+            sent = ring.pass_on([] if last and phase else sums, -1)
+            sums = products(s, phase, ws)
+            if apart and arrived:
+                sums = add(sums, arrived)
+            if phase == 0:
+                for lane, block in enumerate(lanes):
+                    device = ring.peer(ring.direction(lane) * s)
+                    results = visit(results, block, device, lane)
+            if last and apart:  # these sums stay here
+                arrived, ws = lax.optimization_barrier((sent, ws))
+            else:
+                arrived, sums, ws = lax.optimization_barrier((sent, sums, ws))
+            if not apart:
+                sums, arrived = add(sums, arrived) if arrived else sums, []
+            done += sums
+        if last:
+            return done, results
+        # A barrier of its own: XLA on GPU hides more of what passes beside.
+        coming, ws, results = lax.optimization_barrier((coming, ws, results))
+        return sums, arrived, ws, coming, results
 
-    lanes, buffer = [], None
-    if beside is not None:
-        lanes = jnp.split(beside[0], ring.lanes, axis=ring.dim)
-        buffer = put(0, lanes, beside[1])
-    state = (products(0, ws), ws, lanes, buffer)
-    sums, _, _, buffer = _steps(1, ring.size, step, state)
-    return jnp.concatenate(sums, axis=ring.dim), buffer
+    lanes = [] if x is None else jnp.split(x, ring.ways, axis=ring.dim)
+    sums, results = _steps(ring.size, step, ([], [], ws, lanes, results))
+    if len(sums) == 1:
+        return sums[0], results
+    mine = ring.empty(sums[0], len(sums), sums[0].shape[-1], sums[0].dtype)
+    for lane, rows in enumerate(sums):  # in place, unlike jnp.concatenate
+        mine = ring.put(mine, rows, 0, lane)
+    return mine, results
 
 
 def tracked(axis_name: str) -> bool:
     """Whether shard_map tracks what varies over the axis (`check_vma`)."""
     varying = jax.typeof(lax.axis_index(axis_name)).manual_axis_type.varying
     return axis_name in varying
+
+
+def varying(arrays: Iterable[jax.Array], axis_name: str) -> tuple[jax.Array, ...]:
+    """Arrays as each device's own, so that their derivatives are summed over all."""
+
+    def own(x):
+        known = axis_name in jax.typeof(x).manual_axis_type.varying
+        return x if known else lax.pcast(x, axis_name, to="varying")
+
+    return tuple(map(own, arrays) if tracked(axis_name) else arrays)
 
 
 def whole_cotangent(dy: jax.Array, axis_name: str) -> jax.Array:
@@ -189,19 +237,22 @@ def _like(arrays, models):
     return tuple(a.astype(m.dtype) for a, m in zip(arrays, models, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def gather_ring(ring: Ring, epilogue, keep: bool, x, ws, constants):
-    """The products and, if it is to be kept, the gathered x, else None."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def gather_ring(ring: Ring, epilogue, keep: bool, save: bool, x, ws, constants):
+    """The products and, if it is to be kept, the gathered x, else None.
+
+    `save`: the derivative finds the gathered x, instead of gathering it again.
+    """
+    del save
     results = _gather(ring, epilogue, keep, False, x, ws, constants)
     return results["y"], results.get("x")
 
 
-def _gather(ring: Ring, epilogue, keep: bool, save: bool, x, ws, constants):
-    """The products `y`; `x` gathered, to `keep`; `before` the epilogue, to `save`."""
-    rows = x.shape[ring.dim] * ring.size
+def _gather(ring: Ring, epilogue, keep: bool, before: bool, x, ws, constants):
+    """The products `y`; `x` gathered, to `keep`; if wanted, `before` the epilogue."""
 
     def make(like):
-        return ring.empty(x, rows=rows, width=like.shape[-1], dtype=like.dtype)
+        return ring.empty(x, ring.size, like.shape[-1], like.dtype)
 
     products = tuple(jax.eval_shape(ring.dot, x, w) for w in ws)
     # Only what is wanted: the barriers keep alive whatever they are given.
@@ -211,7 +262,7 @@ def _gather(ring: Ring, epilogue, keep: bool, save: bool, x, ws, constants):
     else:
         after = jax.eval_shape(epilogue, *products, *constants)
         results["y"] = jax.tree.map(make, after)
-        if save:
+        if before:
             results["before"] = tuple(map(make, products))
 
     def visit(results, products, block, device, lane):
@@ -224,29 +275,79 @@ def _gather(ring: Ring, epilogue, keep: bool, save: bool, x, ws, constants):
     return _gather_multiply(ring, x, ws, visit, results)
 
 
-def _gather_ring_forward(ring: Ring, epilogue, keep: bool, x, ws, constants):
-    results = _gather(ring, epilogue, keep, True, x, ws, constants)
-    saved = (x, ws, constants, results.get("before"))
-    return (results["y"], results.get("x")), saved
+class _Weights(NamedTuple):
+    """Derivatives of weights of which one factor comes in blocks, round the ring.
+
+    They are sums over the blocks where those are small enough for a chip's fast memory,
+    and else one product of the gathered blocks.
+    """
+
+    ring: Ring
+    whole: tuple[jax.Array, ...]
+    """the other factors, all rows of them"""
+    block: jax.Array
+    """this device's"""
+    left: bool
+    """the blocks are the left factor"""
+
+    @property
+    def _summed(self) -> bool:
+        size = sum(a.shape[-1] for a in self.whole) * self.block.shape[-1] * 4
+        return size < SUMS
+
+    def start(self):
+        """Results of no block."""
+        if self._summed:
+            return None
+        ring, block = self.ring, self.block
+        return ring.empty(block, ring.size, block.shape[-1], block.dtype)
+
+    def visit(self, found, block, device, lane):
+        """Results of one block more."""
+        if not self._summed:
+            return self.ring.put(found, block, device, lane)
+        ring, dtype = self.ring, jnp.promote_types(block.dtype, jnp.float32)
+        rows = [ring.block(a, device, lane, ring.ways) for a in self.whole]
+        pairs = [(block, r) if self.left else (r, block) for r in rows]
+        parts = [ring.dot_rows(x, y, dtype) for x, y in pairs]
+        return parts if found is None else list(map(jnp.add, parts, found))
+
+    def finish(self, found):
+        """The derivatives, of the results of all blocks."""
+        if self._summed:
+            return found
+        pairs = [(found, a) if self.left else (a, found) for a in self.whole]
+        return [self.ring.dot_rows(x, y) for x, y in pairs]
 
 
-def _gather_ring_backward(ring: Ring, epilogue, keep: bool, saved, cotangents):
-    """A reduce-scatter ring for dx; x goes round again beside it, for dw."""
-    x, ws, constants, before = saved
-    dys, dgathered = cotangents
+def _gather_ring_forward(
+    ring: Ring, epilogue, keep: bool, save: bool, x, ws, constants
+):
+    results = _gather(ring, epilogue, keep or save, True, x, ws, constants)
+    gathered = results.get("x")
+    saved = (x, gathered if save else None, ws, constants, results.get("before"))
+    return (results["y"], gathered if keep else None), saved
+
+
+def _gather_ring_backward(ring: Ring, epilogue, keep: bool, save: bool, saved, found):
+    """A reduce-scatter ring for dx; unless saved, x goes round again beside it."""
+    x, gathered, ws, constants, before = saved
+    dys, dgathered = found
     dconstants = constants
     if epilogue is not None:
         _, pull = jax.vjp(epilogue, *before, *constants)
-        found = pull(dys)
-        dys, dconstants = found[: len(ws)], found[len(ws) :]
-    buffer = ring.empty(
-        x, rows=x.shape[ring.dim] * ring.size, width=x.shape[-1], dtype=x.dtype
-    )
-    dgathered = dgathered if keep else None
-    beside = (x, buffer)
-    dx, gathered = _multiply_scatter(ring, dys, _transposed(ws), dgathered, beside)
-    dws = _like([ring.dot_rows(gathered, dy) for dy in dys], ws)
-    return dx.astype(x.dtype), dws, tuple(dconstants)
+        slopes = pull(dys)
+        dys, dconstants = slopes[: len(ws)], slopes[len(ws) :]
+    plus = dgathered if keep else None
+    if save:
+        dx, _ = _multiply_scatter(ring, dys, _transposed(ws), plus)
+        dws = [ring.dot_rows(gathered, dy) for dy in dys]
+    else:
+        weights = _Weights(ring, dys, x, True)
+        beside = (x, weights.visit, weights.start())
+        dx, sums = _multiply_scatter(ring, dys, _transposed(ws), plus, beside)
+        dws = weights.finish(sums)
+    return dx.astype(x.dtype), _like(dws, ws), tuple(dconstants)
 
 
 gather_ring.defvjp(_gather_ring_forward, _gather_ring_backward)
@@ -265,9 +366,17 @@ def _scatter_ring_forward(ring: Ring, xs, ws):
 def _scatter_ring_backward(ring: Ring, saved, dy):
     """A gather ring over dy, whose gathered form gives dw in one product."""
     xs, ws = saved
-    found = _gather(ring, None, True, False, dy, _transposed(ws), ())
-    dws = [ring.dot_rows(x, found["x"]) for x in xs]
-    return _like(found["y"], xs), _like(dws, ws)
+    weights = _Weights(ring, xs, dy, False)
+
+    def visit(results, products, block, device, lane):
+        dxs, found = results
+        dxs = [ring.put(d, p, device, lane) for d, p in zip(dxs, products, strict=True)]
+        return dxs, weights.visit(found, block, device, lane)
+
+    dxs = [ring.empty(dy, ring.size, x.shape[-1], x.dtype) for x in xs]
+    start = (dxs, weights.start())
+    dxs, found = _gather_multiply(ring, dy, _transposed(ws), visit, start)
+    return tuple(dxs), _like(weights.finish(found), ws)
 
 
 scatter_ring.defvjp(_scatter_ring_forward, _scatter_ring_backward)

@@ -310,12 +310,14 @@ def compiler_options(target: str) -> dict[str, Any]:
     """Options with which a ring stays a ring on this target.
 
     On GPU the pass that merges products sharing an operand would undo it, and the
-    scheduler that hides latency is off by default.
+    scheduler that hides latency is off by default. The gradient of a gather passes
+    round its sum and its input at once, of which one alone is allowed by default.
     """
     if target.startswith("cuda"):
         return {
             "xla_disable_hlo_passes": "dot-merger",
             "xla_gpu_enable_latency_hiding_scheduler": True,
+            "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
         }
     return {}
 

@@ -200,6 +200,12 @@ def _gather(graph: Graph, i: int, size: int, taken: set[int]) -> Gather | Skippe
     cut = lay.leading(layout, dim)
     if cut.size % size:
         return Skipped(i, f"its {cut.size} blocks do not divide among {size}", True)
+    if eqn.primitive.name == "all_gather_invariant":
+        # What a ring makes varies, as its type and its derivative have it.
+        axis = axis_of(eqn)
+        taken_as = [graph.eqns[p.index].invars[p.side].aval for p in chosen]
+        if keep or any(axis not in a.manual_axis_type.varying for a in taken_as):
+            return Skipped(i, "it is used as the same on all devices", True)
     return Gather(i, cut, tuple(chosen), keep)
 
 
