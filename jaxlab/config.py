@@ -413,19 +413,15 @@ def validate(run: Run, mesh: MeshShape) -> None:
             f"checkpoint.keep_last is {run.checkpoint.keep_last}, and "
             "must be at least 1, or there is nothing to resume from"
         )
-    shards = mesh.replica * mesh.data * mesh.fsdp
-    rows = run.batch // run.accumulate
+    check_rows(run, mesh)
     for value, name, size, axis in (
-        (run.batch, "batch", run.accumulate, "accumulate"),
-        (rows, "batch / accumulate", shards, "mesh.replica x data x fsdp"),
         (model.width, "model.width", mesh.fsdp, "mesh.fsdp"),
         (model.heads, "model.heads", mesh.tensor, "mesh.tensor"),
         (model.kv_heads, "model.kv_heads", mesh.tensor, "mesh.tensor"),
         (model.mlp, "model.mlp", mesh.tensor, "mesh.tensor"),
         (model.vocab, "model.vocab", mesh.tensor, "mesh.tensor"),
     ):
-        if value is None or value % size:
-            raise ConfigError(f"{name} {value} is not a multiple of {axis} {size}")
+        _check_multiple(value, name, size, axis)
     how = run.parallel.overlap
     if how != "off" and run.length % mesh.tensor:
         raise ConfigError(
@@ -433,3 +429,20 @@ def validate(run: Run, mesh: MeshShape) -> None:
             f"parallel.overlap {how} cuts the time by it; change one of them, or set "
             "--parallel.overlap off"
         )
+
+
+def check_rows(run: Run, mesh: MeshShape) -> None:
+    """Checks that the batch divides among a resolved mesh.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    shards = mesh.replica * mesh.data * mesh.fsdp
+    rows = run.batch // run.accumulate
+    _check_multiple(run.batch, "batch", run.accumulate, "accumulate")
+    _check_multiple(rows, "batch / accumulate", shards, "mesh.replica x data x fsdp")
+
+
+def _check_multiple(value: int | None, name: str, size: int, axis: str) -> None:
+    if value is None or value % size:
+        raise ConfigError(f"{name} {value} is not a multiple of {axis} {size}")

@@ -56,8 +56,23 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def start_processes(config: Distributed) -> None:
+def placed(config: Distributed) -> Distributed:
+    """What the config leaves open, from the environment.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, as
+    `scripts/supervise.py` and other launchers set them.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if config != Distributed() or not all(name in os.environ for name in names):
+        return config
+    address, processes, index = (os.environ[name] for name in names)
+    return Distributed(address, int(processes), int(index))
+
+
+def start_processes(config: Distributed, shape: MeshShape) -> None:
     """Joins the processes of the job, before anything touches a device.
+
+    The CPU backend is made to show as many devices as the mesh wants.
 
     With an explicit coordinator that is used; otherwise `jax.distributed` finds
     the job by itself where the environment shows one of several processes
@@ -67,6 +82,7 @@ def start_processes(config: Distributed) -> None:
         ConfigError: some but not all of coordinator, processes and index are given.
         UserError: the coordinator does not answer.
     """
+    use_cpu_devices(shape, config.processes or 1)
     explicit = (config.coordinator, config.processes, config.index)
     if any(x is not None for x in explicit) and any(x is None for x in explicit):
         raise ConfigError("distributed.coordinator, .processes and .index go together")
@@ -102,7 +118,7 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
         return
     sizes = (shape.replica, shape.data, shape.fsdp, shape.tensor)
     wanted = int(np.prod([max(size, 1) for size in sizes])) // processes
-    if wanted > jax.config.jax_num_cpu_devices:  # pyright: ignore
+    if wanted > max(jax.config.jax_num_cpu_devices, 1):  # pyright: ignore
         jax.config.update("jax_num_cpu_devices", wanted)
 
 

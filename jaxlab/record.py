@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,13 @@ class Stopwatch:
     _APART = ("compile", "evaluation", "checkpoint")
 
     def __init__(
-        self, made: Program, start: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        made: Program,
+        start: int,
+        pause: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        clock: Callable[[], float] = time.perf_counter,
     ):
-        """Starts at step `start`; `clock` gives seconds."""
+        """Starts at step `start`; `pause` is told what is no step; `clock`: seconds."""
         run = made.run
         self._tokens = run.batch * run.length
         self._flops = self._tokens * metrics.train_flops_per_token(
@@ -135,13 +139,16 @@ class Stopwatch:
         count = jax.process_count() if device.platform == "cpu" else made.mesh.size
         self._peak = metrics.peak_flops(device, run.model.dtype) * count
         self._clock, self._since, self._step = clock, clock(), start
+        self._pause = pause
         self._spent: dict[str, float] = dict.fromkeys(("data", *self._APART), 0.0)
 
     @contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
         """Adds the time of a block to `name`; None: to nothing."""
         begin = self._clock()
-        yield
+        apart = name in ("evaluation", "checkpoint")
+        with self._pause(name) if apart and name else nullcontext():
+            yield
         if name is not None:
             self._spent[name] += self._clock() - begin
 

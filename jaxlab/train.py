@@ -17,7 +17,8 @@ from tqdm import tqdm
 from jaxlab import config, data, metrics, program, record, replicas
 from jaxlab.errors import UserError
 from jaxlab.files import locked_folder
-from jaxlab.mesh import local_rows, put_batch, start_processes, use_cpu_devices
+from jaxlab.health.worker import Monitor, monitor
+from jaxlab.mesh import local_rows, placed, put_batch, start_processes
 from jaxlab.signals import stop_agreed, stop_requests
 from jaxlab.state import TrainState
 from jaxlab.step import mean_loss
@@ -39,11 +40,11 @@ def train(run: config.Run, say: Say = print) -> TrainState:
         UserError: bad configuration, data, run folder or checkpoint, or a loss
             that is not finite; nothing that was saved is lost.
     """
-    use_cpu_devices(run.mesh, run.distributed.processes or 1)
-    start_processes(run.distributed)
-    program.use_compilation_cache()
-    primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        health = stack.enter_context(monitor())
+        start_processes(placed(run.distributed), run.mesh)
+        program.use_compilation_cache()
+        primary = jax.process_index() == 0
         if primary:
             stack.enter_context(locked_folder(run.out))
         run = program.adopt_init(run)
@@ -51,11 +52,17 @@ def train(run: config.Run, say: Say = print) -> TrainState:
         made = program.build(run, tokens.tokenizer.vocab_size)
         config.validate(made.run, config.MeshShape(**made.mesh.shape))
         stack.enter_context(jax.set_mesh(made.mesh))
-        return _train(made, tokens, stack, say if primary else lambda line: None)
+        made = made._replace(step=health.wrap(made.step))
+        say = say if primary else lambda line: None
+        return _train(made, tokens, health, stack, say)
 
 
 def _train(
-    made: program.Program, tokens: data.Tokens, stack: contextlib.ExitStack, say: Say
+    made: program.Program,
+    tokens: data.Tokens,
+    health: Monitor,
+    stack: contextlib.ExitStack,
+    say: Say,
 ) -> TrainState:
     from jaxlab import checkpoint  # orbax takes two seconds to import
 
@@ -88,7 +95,7 @@ def _train(
     stop = stack.enter_context(stop_requests())
     bar = stack.enter_context(_progress_bar(start, run.steps))
     rate = run.optimizer.learning_rate(run.steps)
-    watch = record.Stopwatch(made, start)
+    watch = record.Stopwatch(made, start, health.pause)
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def settle() -> None:
@@ -135,6 +142,7 @@ def _train(
                 )
 
     for step in range(start + 1, run.steps + 1):
+        health.step(step)
         with watch("data"):
             batch = next(batches)
         with _trace(run, step - start), watch("compile" if step == start + 1 else None):

@@ -94,7 +94,7 @@ def test_every_row_is_loaded_and_put_in_its_place():
 
 def test_half_given_distributed_settings_are_refused():
     with pytest.raises(ConfigError, match="go together"):
-        mesh.start_processes(Distributed(coordinator="localhost:1"))
+        mesh.start_processes(Distributed(coordinator="localhost:1"), MeshShape())
 
 
 @pytest.mark.parametrize(

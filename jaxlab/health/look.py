@@ -1,0 +1,178 @@
+"""A closer look at a running program, on request and between two steps.
+
+The step times of a program that was not split tell that it has become slow and not
+where. The supervisor then asks all ranks to look, from one step on: they profile some
+steps (`profile`), or probe the links (`probe`). Both need all ranks at the same step,
+so a request names one that lies ahead; a rank that is told too late makes the others
+wait, which the supervisor sees as a hang and ends as one.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxlab.files import write_text
+from jaxlab.health.detect import Diagnosis, Kind, Phase, few
+from jaxlab.health.probe import ppermute_probe
+from jaxlab.health.profile import collective_times, profiled
+from jaxlab.health.record import Recorder
+
+STEPS = 6
+"""steps that are profiled, one of which only says when the next began"""
+SHARE = 0.5
+"""part of what a step has become longer by that its cause must explain"""
+
+
+class Looks:
+    """Reads requests and carries them out; wraps a step."""
+
+    def __init__(self, request: str | Path, result: str | Path, recorder: Recorder):
+        """`request` is the file of the agent, `result` that of rank 0's answer."""
+        self._request, self._result = Path(request), Path(result)
+        self._recorder = recorder
+        self._seen = 0
+        self._due: dict[str, Any] | None = None
+        self._profile: contextlib.ExitStack | None = None
+        self._found: list[Any] = []
+        self._left = 0
+
+    def wrap(self, step_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A function like `step_fn`, before and after which requests are served."""
+
+        def looked(*args: Any, **kwargs: Any) -> Any:
+            self._before(args)
+            out = step_fn(*args, **kwargs)
+            self._after(out)
+            return out
+
+        return looked
+
+    def _before(self, args: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            changed = os.stat(self._request).st_mtime_ns
+            if changed != self._seen:
+                self._seen, self._due = changed, _checked(self._request.read_text())
+        due = self._due
+        if due is None or self._recorder.current < due["step"]:
+            return
+        self._due = None
+        if self._recorder.current > due["step"]:
+            return  # of an earlier generation: nobody takes it up
+        if due["kind"] == "profile":
+            jax.block_until_ready(args)
+            self._profile, self._left = contextlib.ExitStack(), STEPS
+            self._found = self._profile.enter_context(profiled())
+            self._id = due["id"]
+        else:
+            jax.block_until_ready(args)
+            with self._recorder.phase(Phase.OTHER):
+                delay = ppermute_probe(one_device_each())
+            self._tell(due["id"], {"delay": delay.tolist()})
+
+    def _after(self, out: Any) -> None:
+        if self._profile is None:
+            return
+        self._left -= 1
+        if self._left:
+            return
+        jax.block_until_ready(out)
+        with self._recorder.phase(Phase.OTHER):
+            self._profile.close()
+            self._profile = None
+            try:
+                times = collective_times(self._found[0]).per_process()
+            except ValueError as error:  # a program without collectives, say
+                self._tell(self._id, {"failed": str(error)})
+                return
+        found = {name: getattr(times, name).tolist() for name in Times._fields}
+        self._tell(self._id, found)
+
+    def _tell(self, number: int, found: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            write_text(self._result, json.dumps({"id": number, **found}))
+
+
+def _checked(text: str) -> dict[str, Any] | None:
+    """A request, or None."""
+    found = json.loads(text)
+    if not isinstance(found, Mapping) or found.get("kind") not in ("profile", "probe"):
+        return None
+    return {**found, "step": int(found["step"]), "id": int(found["id"])}
+
+
+def one_device_each() -> Mesh:
+    """A mesh of one device of each process, in their order."""
+    first = {d.process_index: d for d in reversed(jax.devices())}
+    devices = np.array([first[i] for i in sorted(first)])
+    return Mesh(devices, ("rank",), axis_types=(AxisType.Auto,))
+
+
+class Times(NamedTuple):
+    """What a profile found, seconds of T steps on n ranks."""
+
+    step: np.ndarray
+    """[T, n]"""
+    wait: np.ndarray
+    """[T, n]"""
+    local: np.ndarray
+    """[T, n]"""
+    pure_comm: np.ndarray
+    """[T]"""
+
+
+def read(body: Mapping[str, Any]) -> Times:
+    """The answer to a request for a profile.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    times = Times(*(np.array(body[name], float) for name in Times._fields))
+    if times.step.ndim != 2 or not times.step.size:
+        raise ValueError("the profile has no steps")
+    if not times.step.shape == times.wait.shape == times.local.shape:
+        raise ValueError("the profile's tables differ in shape")
+    return times
+
+
+def compare(before: Times, now: Times) -> Diagnosis:
+    """Why steps take longer than they did, from a profile of each time.
+
+    A rank is to blame if its own work has grown, beyond what the others' has, by at
+    least half of what the step has; the communication, if that has. Medians over steps.
+
+    Args:
+        before: healthy, one column a rank.
+        now: the same ranks.
+    """
+
+    def median(x):
+        return np.median(np.asarray(x, float), axis=0)
+
+    longer = float(np.median(median(now.step)) - np.median(median(before.step)))
+    if longer <= 0:
+        return Diagnosis(Kind.HEALTHY, evidence="steps are as short as they were")
+    local = median(now.local) - median(before.local)
+    own = np.array([x - np.median(np.delete(local, i)) for i, x in enumerate(local)])
+    if len(local) == 1:
+        own = local
+    comm = float(median(now.pure_comm) - median(before.pure_comm))
+    ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
+    text = f"steps have become {longer * 1e3:.3g} ms longer"
+    if ranks:
+        most = float(own[list(ranks)].max())
+        text += f", and by {most * 1e3:.3g} ms the own work of rank {few(ranks)}"
+        certain = 1 - SHARE * longer / (2 * most)
+        return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
+    if comm > SHARE * longer:
+        text += f", the communication by {comm * 1e3:.3g} ms"
+        certain = 1 - SHARE * longer / (2 * comm)
+        return Diagnosis(Kind.COMM_SLOW, (), (), "none", text, certain)
+    text += f", the own work of all by {float(np.median(local)) * 1e3:.3g} ms"
+    return Diagnosis(Kind.NONCOMM_SLOW, (), (), "all", text, 0.5)

@@ -1,0 +1,134 @@
+"""What agents report, checked and on the supervisor's clock."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxlab.health.detect import Board, Phase, RankSample
+
+
+@dataclass
+class Agent:
+    """What is known of a host."""
+
+    sender: bytes
+    """where messages go; another after each connection"""
+    instance: str
+    """tells an agent from a later one on the same host"""
+    slots: int
+    address: str
+    probe: int
+    """port of its listener"""
+    port: int
+    """that is free for JAX's coordinator"""
+    running: list[tuple[int, int]]
+    """generation and rank of its workers, when it said hello"""
+    heard: float
+    """when it last reported"""
+
+
+def read_hello(sender: bytes, body: Mapping[str, Any], now: float) -> Agent:
+    """An agent that presents itself.
+
+    Raises:
+        KeyError, TypeError, ValueError: the message is not as it should be.
+    """
+    return Agent(
+        sender,
+        str(body["instance"]),
+        int(body["slots"]),
+        str(body["address"]),
+        int(body["probe"]),
+        int(body["port"]),
+        [(int(g), int(rank)) for g, rank in body["running"]],
+        now,
+    )
+
+
+def read_row(
+    row: Mapping[str, Any], now: float
+) -> tuple[dict[str, Any], list[RankSample]]:
+    """A worker's line of a report.
+
+    Args:
+        row: of the agent; ages in seconds.
+        now: of the clock that the result's times are on.
+
+    Raises:
+        KeyError, TypeError, ValueError: the line is not as it should be.
+    """
+    code = row["code"]
+    kept: dict[str, Any] = {
+        "code": None if code is None else int(code),
+        "stopped": bool(row["stopped"]),
+        "pid": int(row["pid"]),
+        "told": now,
+    }
+    if "heartbeat" not in row:
+        return kept, []
+    kept |= {name: now - float(row[name]) for name in ("heartbeat", "progress")}
+    names = ("enter_seq", "exit_seq", "phase", "step")
+    kept |= {name: int(row[name]) for name in names}
+    Phase(kept["phase"])
+    samples = []
+    for step, start, enter, leave, phase in row["samples"]:
+        times = float(start), float(enter), float(leave)
+        samples.append(RankSample(int(step), *times, int(phase)))
+    return kept, samples
+
+
+def board_of(
+    rows: Mapping[int, Mapping[str, Any]], n: int, began: float, now: float
+) -> Board:
+    """The newest line of each of n ranks as arrays.
+
+    A rank is as old as it was when the agent last told: a report that is late does not
+    make a process frozen.
+
+    Args:
+        rows: by rank, of `read_row`; a rank that is missing has not reported yet.
+        n: ranks.
+        began: when this generation was started.
+        now: of the same clock.
+    """
+    lines = [rows.get(rank, {}) for rank in range(n)]
+    late = np.array([now - line.get("told", now) for line in lines])
+
+    def column(name: str, default: Any, kind: type = float) -> np.ndarray:
+        return np.array([line.get(name, default) for line in lines], kind)
+
+    codes = [line.get("code") for line in lines]
+    phase = column("phase", Phase.STARTING, int)
+    return Board(
+        alive=np.array([code is None for code in codes]),
+        stopped=column("stopped", False, bool),
+        heartbeat=column("heartbeat", np.nan) + late,
+        progress=column("progress", began) + late,
+        enter_seq=column("enter_seq", 0, int),
+        exit_seq=column("exit_seq", 0, int),
+        phase=np.where([code == 0 for code in codes], Phase.DONE, phase),
+        step=column("step", -1, int),
+    )
+
+
+def untold(rows: Mapping[int, Mapping[str, Any]], n: int, since: float) -> list[int]:
+    """Ranks that no report has mentioned since then."""
+    return [r for r in range(n) if rows.get(r, {}).get("told", -math.inf) < since]
+
+
+def read_delays(cells: Any) -> np.ndarray:
+    """Seconds of links, float64; None in JSON is what was not measured.
+
+    Raises:
+        TypeError, ValueError: these are no such numbers.
+    """
+
+    def number(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [number(c) for c in cell]
+        return math.nan if cell is None else float(cell)
+
+    return np.array(number(cells), float)

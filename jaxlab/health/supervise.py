@@ -1,0 +1,405 @@
+"""The supervisor: from the agents' reports to a diagnosis, an action, a new generation.
+
+One loop, `Supervisor.run`. Detection and policy are pure and elsewhere (`detect`,
+`sequential`, `matrix`, `steer`); here are the messages, the clock and the files. What a
+successor needs is in `job.json`: a supervisor that is killed and started again takes
+the running workers over.
+"""
+
+import contextlib
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlab.errors import UserError
+from jaxlab.files import write_text
+from jaxlab.health import look, matrix, plan, reports, sequential, steer
+from jaxlab.health.detect import (
+    Board,
+    DetectConfig,
+    Diagnosis,
+    Kind,
+    Phase,
+    align,
+    detect_stall,
+    few,
+)
+from jaxlab.health.journal import Downtime, Goodput, Journal
+from jaxlab.health.roster import HEARD, Roster
+from jaxlab.health.steer import Action, Job, Slot, SteerConfig
+
+AHEAD = 2.0
+"""seconds until the step from which ranks look, so that all are told in time"""
+TAKEOVER = 5.0
+"""seconds in which agents that are there find a new supervisor"""
+ANSWER = 60.0
+"""seconds for the answer to a request"""
+
+
+class Asked(NamedTuple):
+    """A request that has not been answered."""
+
+    number: int
+    kind: str
+    until: float
+
+
+class Supervisor:
+    """The state of the loop; made once a job."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        roster: Roster,
+        folder: Path,
+        journal: Journal,
+        *,
+        steering: SteerConfig | None = None,
+        detecting: DetectConfig | None = None,
+        hook: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Describes the job; nothing starts before `run`.
+
+        Args:
+            command: of every worker.
+            roster: of the agents.
+            folder: `job.json` is kept there.
+            journal: takes events.
+            steering: what to do about diagnoses.
+            detecting: limits of the detectors.
+            hook: a command that is started for every diagnosis that is acted on, with
+                the action as JSON in its standard input.
+            clock: seconds.
+        """
+        self._command, self._roster, self._journal = list(command), roster, journal
+        self._saved = folder / "job.json"
+        self._steering = steering or SteerConfig()
+        self._detecting = detecting or DetectConfig()
+        self._hook, self._clock = list(hook), clock
+        self._job = Job(())
+        self._number = int(time.time())  # of requests, above an earlier supervisor's
+        self._waiting, self._patience = math.inf, 60.0
+        self._goodput = Goodput(clock())
+        self._fault: tuple[float, float, float] | None = None
+        self._last = ""
+        self._fresh()
+
+    def _fresh(self) -> None:
+        """Forgets what was learned of a generation."""
+        n = max(len(self._job.members), 1)
+        self._baseline = sequential.init_baseline(self._detecting)
+        self._slow = sequential.init_slow(n, self._detecting)
+        self._healthy: look.Times | None = None
+        self._blind = self._resigned = False
+        self._asked: Asked | None = None
+        self._windowed, self._told = 0.0, -math.inf
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, hosts: Mapping[str, int], gather: float = 60.0) -> int:
+        """Runs the job to its end.
+
+        Args:
+            hosts: name to number of processes.
+            gather: seconds to wait for agents, at the start and where too few are left.
+
+        Returns:
+            the exit code for the shell: 0 done, 1 given up.
+
+        Raises:
+            UserError: no agent came, or too few for the job.
+        """
+        self._patience = gather
+        try:
+            self._begin(hosts)
+            while True:
+                self._roster.receive(0.05)
+                code = self._turn(self._clock())
+                if code is not None:
+                    return code
+        finally:
+            self._roster.bye()
+
+    def _begin(self, hosts: Mapping[str, int]) -> None:
+        """Takes over what an earlier supervisor has left running, or starts the job."""
+        grace = TAKEOVER if self._saved.exists() else 0.0
+        there = self._roster.gather(list(hosts), self._patience, grace)
+        if not there:
+            raise UserError(
+                f"no agent came within {self._patience:g} s: are the hosts right?"
+            )
+        if self._saved.exists():
+            job = steer.from_json(json.loads(self._saved.read_text()))
+            if self._roster.adopt(job.generation, job.members):
+                self._job = job
+                self._fresh()
+                text = f"took over generation {job.generation}"
+                self._journal.event("takeover", text=text)
+                return
+        slots = tuple(Slot(host, i) for host in there for i in range(hosts[host]))
+        members = steer.next_members(Job(slots), (), self._clock(), self._steering)
+        if not members:
+            raise UserError(
+                f"{len(slots)} processes are fewer than the job can run with"
+            )
+        self._job = Job(members, slots[len(members) :])
+        self._launch()
+
+    def _launch(self) -> None:
+        """Starts a generation on the job's members."""
+        members, number = self._job.members, self._job.generation
+        self._fresh()
+        self._roster.start(number, members, self._command)
+        write_text(self._saved, json.dumps(steer.to_json(self._job)))
+        where = ", ".join(map(str, members))
+        text = f"generation {number}: {len(members)} processes on {where}"
+        self._journal.event("start", self._goodput.step, text)
+
+    # --------------------------------------------------------------- one round
+
+    def _turn(self, now: float) -> int | None:
+        """Diagnoses and acts; the exit code when the job is over."""
+        codes = self._roster.codes()
+        if codes and all(code == 0 for code in codes):
+            self._journal.event("done", self._goodput.step, "all processes are done")
+            return 0
+        hopeless = self._hopeless()
+        if hopeless:
+            self._journal.event("give_up", self._goodput.step, hopeless)
+            return 1
+        board, silent = self._roster.board(), self._silent()
+        if now - self._told >= 1.0:
+            self._told = now
+            self._status(board, now)
+            self._roster.ping()
+        if self._asked and now > self._asked.until:
+            self._journal.event("unanswered", text=f"no {self._asked.kind} came")
+            self._asked = None
+        if silent and self._too_few(now):
+            self._waiting = min(self._waiting, now)
+            if now - self._waiting < self._patience:
+                return None  # their agents may come back
+        self._waiting = math.inf
+        diagnosis = silent or detect_stall(board, now, self._baseline, self._detecting)
+        if diagnosis.kind == Kind.HEALTHY:
+            answered = self._answered()
+            if answered is None:
+                if now - self._windowed < 0.5:
+                    return None
+                self._windowed = now
+                answered = self._paced(now)
+                if answered is None or self._asked is not None:
+                    return None  # the answer to what was asked says more
+            diagnosis = answered
+        return self._act(diagnosis, board, now)
+
+    def _hopeless(self) -> str:
+        """Why another start would end like this one; "" if it might not."""
+        for rank, row in sorted(self._roster.rows.items()):
+            code = row.get("code")
+            early = self._goodput.step == 0 and row.get("phase", 0) == Phase.STARTING
+            if code == 2 or (code == 1 and early):
+                log = f"g{self._job.generation}-r{rank}.log"
+                return f"rank {rank} ended with exit code {code}: see {log}"
+        return ""
+
+    def _silent(self) -> Diagnosis | None:
+        """Ranks of which no agent tells anything."""
+        ranks = self._roster.silent()
+        self._job = self._job._replace(absent=self._roster.absent)
+        text = f"no report of rank {few(ranks)} for {HEARD:g} s"
+        return Diagnosis(Kind.CRASH, ranks, (), "rank", text, 1.0) if ranks else None
+
+    def _too_few(self, now: float) -> bool:
+        left = steer.next_members(self._job, (), now, self._steering)
+        return len(left) < max(self._steering.least, 1)
+
+    def _paced(self, now: float) -> Diagnosis | None:
+        """What the sequential test says of the steps since; None: there are none."""
+        logs = self._roster.logs
+        window = align(logs)
+        if window.number is None or not len(window.number):
+            return None
+        newest = int(window.number[-1])
+        for rank, log in logs.items():
+            logs[rank] = [sample for sample in log if sample.step > newest]
+        if self._fault is not None:
+            self._recovered(now)
+        self._goodput = self._goodput.advanced(window)
+        self._journal.window(window, self._goodput, now)
+        self._slow, diagnosis = sequential.update_slow(
+            self._slow, window, self._baseline, self._detecting
+        )
+        self._baseline = sequential.update_baseline(self._baseline, window, diagnosis)
+        ready = self._baseline.center is not None
+        alone = len(self._job.members) == 1
+        if ready and self._healthy is None and not (alone or self._blind):
+            self._ask("profile", now)
+        return diagnosis
+
+    def _act(self, diagnosis: Diagnosis, board: Board, now: float) -> int | None:
+        """What the policy says about a diagnosis."""
+        if diagnosis.kind in (Kind.HEALTHY, Kind.UNKNOWN) and not self._job.suspicion:
+            return None
+        if self._resigned and diagnosis.kind == Kind.COMM_SLOW:
+            return None
+        suspected = self._job.suspicion
+        self._job, action = steer.decide(
+            self._job,
+            diagnosis,
+            now,
+            self._goodput.step,
+            self._slowdown(),
+            self._steering,
+        )
+        if diagnosis.kind not in (Kind.HEALTHY, Kind.UNKNOWN):
+            self._last = str(diagnosis)
+            if suspected is None or suspected[0].kind != diagnosis.kind:
+                self._journal.event(
+                    "diagnosis",
+                    self._goodput.step,
+                    str(diagnosis),
+                    kind=diagnosis.kind,
+                    ranks=diagnosis.ranks,
+                    links=diagnosis.links,
+                )
+        if action.kind == "continue":
+            return None
+        if action.kind in ("profile", "probe"):
+            if diagnosis.kind == Kind.COMM_HANG:
+                return self._act(self._probe_hosts(diagnosis), board, now)
+            self._ask(action.kind, now)
+            return None
+        self._tell_hook(action)
+        if action.kind == "give_up":
+            self._journal.event("give_up", self._goodput.step, action.reason)
+            return 1
+        self._restart(action, board, now)
+        return None
+
+    def _slowdown(self) -> float:
+        """Duration of a step now over the healthy one."""
+        healthy = self._baseline.step
+        excess = float(np.max(self._slow.excess, initial=0.0))
+        return 1 + excess / healthy if healthy > 0 else 1.0
+
+    def _restart(self, action: Action, board: Board, now: float) -> None:
+        """Kills what is left of a generation and starts the next one."""
+        assert self._job.suspicion is not None
+        suspected = self._job.suspicion[1]
+        if action.kind == "reorder":
+            action = action._replace(members=self._reordered(action))
+            if action.members == self._job.members:
+                self._resigned = True
+                text = f"no order avoids it: {action.reason}"
+                self._journal.event("resigned", self._goodput.step, text)
+                return
+        moved = float(board.progress.max())
+        gone = ", ".join(map(str, action.evict)) or "nobody"
+        self._journal.event(
+            action.kind, self._goodput.step, f"without {gone}: {action.reason}"
+        )
+        self._roster.stop()
+        self._fault = (max(suspected - moved, 0.0), suspected, self._clock())
+        self._job = steer.restarted(self._job, action, now, self._goodput.step)
+        self._launch()
+
+    def _recovered(self, now: float) -> None:
+        """Books the downtime of a restart once there is a step again."""
+        assert self._fault is not None
+        detection, suspected, killed = self._fault
+        spent = Downtime(0.0, detection, killed - suspected, now - killed)
+        self._goodput = self._goodput._replace(
+            downtime=self._goodput.downtime.plus(spent)
+        )
+        self._fault = None
+        parts = ", ".join(f"{k} {v:.2f} s" for k, v in spent._asdict().items() if v)
+        self._journal.event(
+            "recovered",
+            self._goodput.step,
+            f"generation {self._job.generation} steps on: {parts}",
+            **spent._asdict(),
+        )
+
+    # ----------------------------------------------------------- closer looks
+
+    def _ask(self, kind: str, now: float) -> None:
+        """Asks all ranks to look, from a step on that lies ahead of all."""
+        if self._asked is not None:
+            return
+        rows = self._roster.rows.values()
+        step = max((row.get("step", 0) for row in rows), default=0)
+        pace = self._baseline.step if self._baseline.step > 0 else 1.0
+        pace *= self._slowdown()
+        ahead = 3 + math.ceil(AHEAD / pace)
+        self._number += 1
+        self._asked = Asked(self._number, kind, now + ANSWER + ahead * pace)
+        self._roster.request(self._number, kind, step + ahead)
+
+    def _answered(self) -> Diagnosis | None:
+        """What the ranks have found when they looked; None: nothing new."""
+        while self._roster.answers:
+            body = self._roster.answers.pop(0)
+            try:
+                found = self._looked(body)
+            except (KeyError, TypeError, ValueError) as error:
+                self._journal.event("refused", text=f"looked: {error!r}")
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def _looked(self, body: Mapping[str, Any]) -> Diagnosis | None:
+        if self._asked is None or int(body["id"]) != self._asked.number:
+            return None
+        kind, self._asked = self._asked.kind, None
+        if "failed" in body:
+            self._blind = True
+            self._journal.event("blind", text=f"no profile: {body['failed']}")
+            return None
+        if kind == "probe":
+            self._delay = reports.read_delays(body["delay"])
+            self._journal.matrix(self._goodput.step, self._delay)
+            return matrix.classify_matrix(self._delay)
+        times = look.read(body)
+        if self._healthy is None:
+            self._healthy = times
+            return None
+        return look.compare(self._healthy, times)
+
+    def _probe_hosts(self, diagnosis: Diagnosis) -> Diagnosis:
+        """Which links carry nothing, by the agents' own connections."""
+        delay = self._roster.probe()
+        self._journal.matrix(self._goodput.step, delay)
+        found = matrix.classify_matrix(delay)
+        if found.kind == Kind.HEALTHY:
+            return diagnosis
+        return found._replace(kind=Kind.COMM_HANG)
+
+    def _reordered(self, action: Action) -> tuple[Slot, ...]:
+        """The members in an order whose ring avoids slow links."""
+        order = plan.plan_order(self._delay)
+        return tuple(action.members[i] for i in order)
+
+    # ---------------------------------------------------------------- to people
+
+    def _status(self, board: Board, now: float) -> None:
+        pids = {rank: row.get("pid") for rank, row in self._roster.rows.items()}
+        self._journal.status(self._job, board, pids, self._goodput, self._last, now)
+
+    def _tell_hook(self, action: Action) -> None:
+        if not self._hook:
+            return
+        body = {"action": action.kind, "reason": action.reason}
+        body |= {"step": str(self._goodput.step)}
+        with contextlib.suppress(OSError):
+            process = subprocess.Popen(self._hook, stdin=subprocess.PIPE)
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate(json.dumps(body).encode(), timeout=10)

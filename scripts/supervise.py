@@ -1,0 +1,258 @@
+"""Runs a training command on several processes and hosts, and keeps it running.
+
+python scripts/supervise.py --local 4 -- python scripts/train.py configs/gpt_tiny.py
+python scripts/supervise.py --hosts hosts.txt --nproc 4 -- python scripts/train.py ...
+python scripts/supervise.py status runs/gpt_tiny/health    # what it knows right now
+python scripts/supervise.py agent --keys FILE --host NAME  # on a host, by a launcher
+"""
+
+import contextlib
+import dataclasses
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from jaxlab.cli import parse_options, run_main
+from jaxlab.errors import ConfigError, UserError
+
+PROG = "scripts/supervise.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options before `--`; the command of a worker comes after it."""
+
+    local: int | None = None
+    """processes on this machine"""
+    hosts: str | None = None
+    """file of hosts, one a line: name, and its address if that is another"""
+    nproc: int = 1
+    """processes on each of the hosts"""
+    launch: str = "ssh {host}"
+    """command that starts an agent on a host; none: something else starts them"""
+    health: str | None = None
+    """folder for events, logs and keys; default: health in the run's folder"""
+    address: str = "127.0.0.1"
+    """address of this machine that the hosts reach"""
+    port: int = 0
+    """port for the agents; 0: one that is free"""
+    sizes: tuple[int, ...] | None = None
+    """numbers of processes to run with; default: those that the run's mesh allows"""
+    least: int = 1
+    """processes below which to give up"""
+    gather: float = 60.0
+    """seconds to wait for the agents"""
+    hook: str = ""
+    """command to start when something is done about a fault; gets JSON on its input"""
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentOptions:
+    """The agent of one host."""
+
+    keys: str
+    """the agents' key file"""
+    host: str
+    """name of this host in the job"""
+    slots: int = 1
+    """processes that may run here"""
+    folder: str = "health"
+    """for the workers' output"""
+    address: str = "127.0.0.1"
+    """address of this host that the others reach"""
+    patience: float = 30.0
+    """seconds without a supervisor before the workers are killed"""
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the command line and supervises, serves or shows."""
+    if arguments[:1] == ["agent"]:
+        _agent(parse_options(AgentOptions, arguments[1:], PROG))
+    elif arguments[:1] == ["status"]:
+        _show_status(arguments[1:])
+    else:
+        cut = arguments.index("--") if "--" in arguments else len(arguments)
+        options = parse_options(Options, arguments[:cut], PROG)
+        sys.exit(_supervise(options, arguments[cut + 1 :]))
+
+
+def _agent(options: AgentOptions) -> None:
+    from jaxlab.health.agent import run_agent
+    from jaxlab.health.channel import read_keys
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to deal with
+    run_agent(
+        read_keys(options.keys),
+        options.host,
+        options.slots,
+        Path(options.folder),
+        address=options.address,
+        patience=options.patience,
+    )
+
+
+def _show_status(arguments: Sequence[str]) -> None:
+    import json
+
+    from jaxlab.health.journal import table
+
+    if len(arguments) != 1:
+        raise ConfigError("status takes one folder, such as runs/gpt_tiny/health")
+    path = Path(arguments[0]) / "status.json"
+    try:
+        print(table(json.loads(path.read_text()), time.time()))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: is this a health folder?") from None
+
+
+def _supervise(options: Options, command: list[str]) -> int:
+    from jaxlab import metrics
+    from jaxlab.files import locked_folder
+    from jaxlab.health import channel
+    from jaxlab.health.journal import Journal
+    from jaxlab.health.roster import Roster
+    from jaxlab.health.steer import SteerConfig
+    from jaxlab.health.supervise import Supervisor
+
+    if not command:
+        raise ConfigError("give the command of a worker after --")
+    if (options.local is None) == (options.hosts is None):
+        raise ConfigError("give either --local N or --hosts FILE")
+    hosts = _hosts(options)
+    out, sizes = _run(command, sum(count for count, _ in hosts.values()))
+    folder = Path(options.health or out / "health")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_folder(folder))
+        keys = _keys(folder, options)
+        write = stack.enter_context(metrics.open_writer(folder, 0))
+        journal = stack.enter_context(
+            contextlib.closing(Journal(folder, write, lambda s: print(s, flush=True)))
+        )
+        master = stack.enter_context(channel.listen(keys))
+        start_agent = stack.enter_context(_agents(hosts, folder, options))
+        show = partial(print, end="", flush=True)
+        roster = Roster(master, journal, start_agent=start_agent, show=show)
+        supervisor = Supervisor(
+            command,
+            roster,
+            folder,
+            journal,
+            steering=SteerConfig(sizes=options.sizes or sizes, least=options.least),
+            hook=shlex.split(options.hook),
+        )
+        stack.enter_context(_interruptible())
+        return supervisor.run(
+            {name: count for name, (count, _) in hosts.items()}, options.gather
+        )
+
+
+def _hosts(options: Options) -> dict[str, tuple[int, str]]:
+    """Name of each host to its number of processes and its address."""
+    if options.local is not None:
+        return {"local": (options.local, "127.0.0.1")}
+    path = Path(options.hosts or "")
+    try:
+        lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    found = {line[0]: (options.nproc, line[-1]) for line in lines if line}
+    if not found:
+        raise UserError(f"{path} names no host")
+    return found
+
+
+def _run(command: Sequence[str], processes: int) -> tuple[Path, tuple[int, ...] | None]:
+    """The run's folder, and the numbers of processes that its mesh allows.
+
+    Of commands other than `scripts/train.py` nothing is known.
+    """
+    script = next((i for i, w in enumerate(command) if w.endswith("train.py")), None)
+    if script is None:
+        return Path("runs/supervised"), None
+    from jaxlab import config
+
+    run = config.parse(list(command[script + 1 :]), "scripts/train.py")
+    sizes = []
+    for count in range(1, processes + 1):
+        with contextlib.suppress(ConfigError):
+            config.check_rows(run, config.resolve_mesh(run.mesh, count))
+            sizes.append(count)
+    if processes not in sizes:
+        mesh = config.resolve_mesh(run.mesh, processes)
+        config.check_rows(run, mesh)
+    return Path(run.out), tuple(sizes)
+
+
+def _keys(folder: Path, options: Options):
+    """The job's keys: those of an earlier supervisor, whose agents may be there."""
+    from jaxlab.health import channel
+
+    path = folder / "master.key"
+    if path.exists():
+        return channel.read_keys(path)
+    port = options.port
+    if not port:
+        with socket.create_server((options.address, 0)) as server:
+            port = server.getsockname()[1]
+    keys = channel.new_keys(f"tcp://{options.address}:{port}")
+    channel.write_keys(path, keys)
+    channel.write_keys(folder / "agent.key", keys._replace(master_secret=""))
+    return keys
+
+
+@contextlib.contextmanager
+def _agents(
+    hosts: Mapping[str, tuple[int, str]], folder: Path, options: Options
+) -> Iterator[Callable[[str], None]]:
+    """What starts the agent of a host; agents end when told, or by themselves."""
+    started = []
+    script = str(Path(__file__).resolve())
+
+    def start(name: str) -> None:
+        count, address = hosts[name]
+        words = ["agent", "--keys", str((folder / "agent.key").resolve())]
+        words += ["--host", name, "--slots", str(count), "--address", address]
+        words += ["--folder", str(folder.resolve())]
+        if options.local is not None:
+            command = [sys.executable, script, *words]
+        elif options.launch:
+            prefix = [w.format(host=name) for w in shlex.split(options.launch)]
+            command = [*prefix, sys.executable, script, *words]
+        else:
+            return
+        started.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        )
+
+    yield start
+    until = time.monotonic() + 10
+    for process in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(until - time.monotonic(), 0.1))
+        if process.poll() is None:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the job as SIGINT does: agents are told, workers killed."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,182 @@
+"""The supervisor with real agents, workers and signals, on one machine."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlab.health.journal import table
+
+ROOT = Path(__file__).parent.parent.parent
+WORKER = Path(__file__).parent / "health_worker.py"
+PATIENCE = 120.0  # seconds for what takes one or two on a quiet machine
+
+
+def environment(**more):
+    """This one, without what the test's own process has set for JAX."""
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+class Job:
+    """A supervised job in a folder."""
+
+    def __init__(self, folder, *options, steps=10**6, processes=3):
+        self.folder, self.health = folder, folder / "health"
+        worker = [sys.executable, str(WORKER), str(folder), str(steps)]
+        script = [sys.executable, str(ROOT / "scripts/supervise.py")]
+        where = ["--local", str(processes), "--health", str(self.health)]
+        self.command = [*script, *where, *options, "--", *worker]
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment(),
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def events(self, kind=None):
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.health / "events.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            return [r for r in rows if kind is None or r["event"] == kind]
+        return []
+
+    def status(self):
+        return json.loads((self.health / "status.json").read_text())
+
+    def wait(self, done, what):
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            with contextlib.suppress(FileNotFoundError, IndexError, KeyError):
+                if done():
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"no {what}: {self.events()}")
+
+    def steps(self, generation):
+        """Waits until a generation has done some steps; its workers' pids."""
+
+        def stepping():
+            found = self.status()
+            same = found["generation"] == generation
+            return same and all(row["step"] > 5 for row in found["ranks"])
+
+        self.wait(stepping, f"steps of generation {generation}")
+        return [row["pid"] for row in self.status()["ranks"]]
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def job(tmp_path):
+    jobs = []
+
+    def make(*options, **more):
+        jobs.append(Job(tmp_path, *options, **more))
+        return jobs[-1]
+
+    yield make
+    for made in jobs:
+        made.stop()
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
+    return False
+
+
+def gone(pids):
+    until = time.monotonic() + 30
+    while time.monotonic() < until and any(map(alive, pids)):
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def test_a_job_that_ends_ends_well(job):
+    made = job(steps=20)
+    assert made.process.wait(PATIENCE) == 0
+    assert [e["event"] for e in made.events()] == ["start", "done"]
+    assert (made.folder / "steps").read_text().splitlines()[-1] == "3 20"
+
+
+def test_kill_stop_and_stuck_are_named_and_survived(job):
+    made = job("--sizes", "1", "2", "3")
+    first = made.steps(0)
+    os.kill(first[2], signal.SIGKILL)
+    second = made.steps(1)
+    assert gone(first)
+    os.kill(second[1], signal.SIGSTOP)
+    third = made.steps(2)
+    assert gone(second) and len(third) == 2
+    # Alive, its heart beats, and it does not come: JAX would wait for ever.
+    (made.folder / "stuck-1").touch()
+    fourth = made.steps(3)
+    assert gone(third) and len(fourth) == 1
+    found = [(e["kind"], e["ranks"]) for e in made.events("diagnosis")]
+    assert found == [("crash", [2]), ("frozen", [1]), ("noncomm_hang", [1])]
+    recovered = made.events("recovered")
+    assert len(recovered) == 3
+    assert all(e["reinit"] > 0 and e["isolation"] >= 0 for e in recovered)
+    text = table(made.status(), time.time())
+    assert "generation 3" in text and "evicted" in text
+    assert made.stop() == 130
+    assert gone(fourth)
+
+
+def test_a_supervisor_that_is_killed_is_succeeded(job):
+    made = job()
+    workers = made.steps(0)
+    made.process.kill()
+    made.process.wait()
+    before = made.status()["ranks"][0]["step"]
+    made.start()
+    made.wait(lambda: made.events("takeover"), "takeover")
+    made.wait(lambda: made.status()["ranks"][0]["step"] > before + 20, "further steps")
+    assert [row["pid"] for row in made.status()["ranks"]] == workers
+    assert len(made.events("start")) == 1
+    os.kill(workers[0], signal.SIGKILL)
+    made.steps(1)
+
+
+def test_an_agent_that_is_killed_leaves_no_orphans_and_is_replaced(job):
+    made = job()
+    workers = made.steps(0)
+    os.kill(parent(workers[0]), signal.SIGKILL)
+    assert gone(workers)
+    made.steps(1)
+    assert [e["event"] for e in made.events()][1:3] == ["lost", "diagnosis"]
+
+
+def parent(pid):
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def test_a_command_that_cannot_run_is_not_tried_again(job):
+    made = job()
+    made.stop()
+    made.command[-1] = "not-a-number"
+    (made.health / "job.json").unlink(missing_ok=True)
+    made.start()
+    assert made.process.wait(PATIENCE) == 1
+    assert "exit code 1" in made.events("give_up")[0]["text"]
