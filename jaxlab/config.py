@@ -131,6 +131,15 @@ class Distributed:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What the run does about its links; `scripts/supervise.py` does the rest."""
+
+    plan_mesh: bool = False
+    """measure the links between the processes at the start, and lay the mesh's rings
+    around the slow ones"""
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Loss on held-out documents."""
 
@@ -209,6 +218,7 @@ class Run:
     mesh: MeshShape = field(default_factory=MeshShape)
     parallel: Parallel = field(default_factory=Parallel)
     distributed: Distributed = field(default_factory=Distributed)
+    health: Health = field(default_factory=Health)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     sample: Sample = field(default_factory=Sample)

@@ -122,15 +122,35 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
-def make_mesh(shape: MeshShape) -> jax.sharding.Mesh:
+def make_mesh(shape: MeshShape, delay: np.ndarray | None = None) -> jax.sharding.Mesh:
     """The mesh over all devices of the job.
+
+    Args:
+        shape: sizes of its axes.
+        delay: seconds [process, process] (`jaxlab.health.ppermute_probe`), the same in
+            all of them: the axes' rings avoid slow links. None: JAX's own order.
 
     Raises:
         ConfigError: the axes do not multiply to the number of devices.
     """
     shape = resolve_mesh(shape, jax.device_count())
     sizes = (shape.replica, shape.data, shape.fsdp, shape.tensor)
+    if delay is not None:
+        from jaxlab.health.plan import plan_mesh
+
+        return plan_mesh(jax.devices(), delay, sizes, AXES)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def link_delays() -> np.ndarray:
+    """Seconds [process, process] that the links between the processes take.
+
+    All processes call it together; see `jaxlab.health.ppermute_probe`.
+    """
+    from jaxlab.health.look import one_device_each
+    from jaxlab.health.probe import ppermute_probe
+
+    return ppermute_probe(one_device_each())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

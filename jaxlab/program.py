@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlab import config, data, manual, optim, replicas
 from jaxlab.errors import ConfigError, UserError
-from jaxlab.mesh import make_mesh, partition_spec
+from jaxlab.mesh import link_delays, make_mesh, partition_spec
 from jaxlab.models import gpt
 from jaxlab.state import TrainState, new_state, state_shardings, with_shardings
 from jaxlab.step import (
@@ -114,7 +114,9 @@ def build(
         ConfigError: see `config.resolve_model` and `resolve_mesh`, or replicas that
             cannot hold together.
     """
-    mesh = make_mesh(run.mesh) if mesh is None else mesh
+    if mesh is None:
+        planned = run.health.plan_mesh and jax.process_count() > 2
+        mesh = make_mesh(run.mesh, link_delays() if planned else None)
     model = config.resolve_model(run.model, vocab)
     run = dataclasses.replace(run, model=model)
 

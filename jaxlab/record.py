@@ -32,7 +32,9 @@ def start_up(made: Program, tokens: Tokens, resumed: int | None) -> Iterator[str
         f"devices   {jax.device_count()} x {device.device_kind} ({device.platform}), "
         f"{jax.process_count()} process(es), jax {jax.__version__}"
     )
-    yield f"mesh      {axes or 'one device'}"
+    order = [device.id for device in made.mesh.devices.flat]
+    planned = f", devices in the order {order}" if run.health.plan_mesh else ""
+    yield f"mesh      {axes or 'one device'}{planned}"
     yield f"model     {numbers / 1e6:.2f} M parameters, computed in {run.model.dtype}"
     if made.outer:
         every, pairing = made.outer["inner_steps"], made.outer["pairing"]

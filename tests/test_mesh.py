@@ -16,6 +16,19 @@ from jaxlab.state import new_state, state_shardings, with_shardings
 SHAPE = MeshShape(replica=1, data=2, fsdp=2, tensor=2)
 
 
+def test_a_planned_mesh_keeps_neighbours_off_a_slow_link_and_rows_in_place():
+    delay = np.full((8, 8), 1e-3)
+    delay[2, 3] = delay[3, 2] = 1.0
+    made = mesh.make_mesh(MeshShape(data=8), delay)
+    order = [device.id for device in made.devices.flat]
+    ring = set(zip(order, [*order[1:], order[0]], strict=True))
+    assert sorted(order) == list(range(8)) and not ring & {(2, 3), (3, 2)}
+    batch = np.arange(8 * 3).reshape(1, 8, 3)
+    rows = mesh.local_rows(made, 8)
+    placed = mesh.put_batch(made, batch, rows=8, local=rows)
+    np.testing.assert_array_equal(placed, batch)
+
+
 def test_mesh_has_the_four_axes_in_order():
     made = mesh.make_mesh(SHAPE)
     assert dict(made.shape) == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 2}

@@ -23,7 +23,13 @@ from jaxlab.mesh import placed, start_processes
 
 def main(folder: Path, steps: int) -> None:
     with monitor() as health:
-        start_processes(placed(Distributed()), MeshShape())
+        heartbeat, job = os.environ.get("HEARTBEAT"), placed(Distributed())
+        if heartbeat:  # as a job without a supervisor would choose it
+            where = job.coordinator, job.processes, job.index
+            seconds = int(heartbeat)
+            jax.distributed.initialize(*where, heartbeat_timeout_seconds=seconds)
+        else:
+            start_processes(job, MeshShape())
         rank, n = jax.process_index(), jax.process_count()
         mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
         spread = NamedSharding(mesh, P("data"))

@@ -3,14 +3,19 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from jaxlab import program
 from jaxlab.health.journal import table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,9 +32,9 @@ def environment(**more):
 class Job:
     """A supervised job in a folder."""
 
-    def __init__(self, folder, *options, steps=10**6, processes=3):
+    def __init__(self, folder, *options, steps=10**6, processes=3, command=None):
         self.folder, self.health = folder, folder / "health"
-        worker = [sys.executable, str(WORKER), str(folder), str(steps)]
+        worker = command or [sys.executable, str(WORKER), str(folder), str(steps)]
         script = [sys.executable, str(ROOT / "scripts/supervise.py")]
         where = ["--local", str(processes), "--health", str(self.health)]
         self.command = [*script, *where, *options, "--", *worker]
@@ -141,6 +146,71 @@ def test_kill_stop_and_stuck_are_named_and_survived(job):
     assert "generation 3" in text and "evicted" in text
     assert made.stop() == 130
     assert gone(fourth)
+
+
+def test_without_a_supervisor_a_stuck_rank_hangs_the_job_for_ever(tmp_path):
+    """JAX issue 38503: heartbeats go on, so nobody ends it."""
+    heartbeat = 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{probe.getsockname()[1]}"
+    more = {"JAX_COORDINATOR_ADDRESS": meet, "JAX_NUM_PROCESSES": "2"}
+    more["HEARTBEAT"] = str(heartbeat)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(tmp_path), str(10**6)],
+            env=environment(**more, JAX_PROCESS_ID=str(rank)),
+        )
+        for rank in range(2)
+    ]
+    steps = tmp_path / "steps"
+    try:
+        until = time.monotonic() + PATIENCE
+        while not steps.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        (tmp_path / "stuck-1").touch()
+        time.sleep(1)
+        size = steps.stat().st_size
+        time.sleep(4 * heartbeat)
+        assert [worker.poll() for worker in workers] == [None, None]
+        assert steps.stat().st_size == size
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_path):
+    """After a restart: what a run from that checkpoint on as many processes does."""
+    run = tmp_path / "run"
+    sizes = "--model.layers 1 --model.width 16 --model.heads 2 --model.mlp 32"
+    numbers = "--batch 4 --length 16 --steps 600 --log-every 50 --evaluate.every 0"
+    kept = "--checkpoint.every 40 --checkpoint.keep-last 99 --sample.tokens 0"
+    command = [sys.executable, str(ROOT / "scripts/train.py")]
+    command += [str(ROOT / "configs/gpt_tiny.py"), "--out", str(run)]
+    command += f"{sizes} {numbers} {kept}".split()
+    made = job(processes=2, command=command)
+    pids = made.steps(0)
+    made.wait(lambda: made.status()["step"] > 100, "step 100")
+    os.kill(pids[1], signal.SIGSTOP)
+    assert made.process.wait(PATIENCE) == 0
+    assert [e["kind"] for e in made.events("diagnosis")] == ["frozen"]
+    log = (made.health / "logs/g1-r0.log").read_text()
+    assert "1 process(es)" in log
+    step = log.partition("restored from step ")[2].partition(",")[0]
+    assert int(step) >= 80
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("lock", "events*"))
+    for folder in (again / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > int(step):
+            shutil.rmtree(folder)
+    command[command.index(str(run))] = str(again)
+    subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    ours, theirs = (program.load(folder) for folder in (run, again))
+    assert ours.step == theirs.step == 600
+    pairs = zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_a_supervisor_that_is_killed_is_succeeded(job):
