@@ -1,13 +1,14 @@
 """Which collectives the compilers for TPU and GPU hide behind products, without a chip.
 
-python benchmarks/overlap_schedule.py > schedule.json     # ten minutes; extra peers
+python benchmarks/overlap_schedule.py > schedule.json     # 20 minutes; extra peers
 
 An MLP under shard_map, its rows and its hidden dimension cut over 8 devices: with an
 all-gather before and a reduce-scatter after (`plain`), with the rings of
-`jaxlab.overlap` (`ring`, and `both` ways round), and with the ring of many tutorials,
-which has no barriers (`textbook`). `gradient` is that of all three arrays; products and
-sums are in bfloat16, or with `float32` in that. Each is compiled ahead of time by a
-process of its own; nothing is run. See docs/overlap.md.
+`jaxlab.overlap` (`ring`, and `both` ways round; after it the chunks, if not one), and
+with the ring of many tutorials, which has no barriers (`textbook`). `gradient` is that
+of all three arrays, where `saved` keeps the gathered input for it; products and sums
+are in bfloat16, or with `float32` in that. Each is compiled ahead of time by a process
+of its own; nothing is run. See docs/overlap.md.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ from jaxlab.errors import UserError
 
 TPU, GPU = "tpu:v5e:2x4", "cuda:h100:8"
 TPUS = (TPU, "tpu:v5p:2x2x2", "tpu:v6e:2x4")
-FORMS = ("plain", "ring", "both")
+RING = {"tpu": "ring-2", "cuda": "ring"}
+"""the recommended form"""
+FORMS = ("plain", "ring", "ring-2", "both", "both-2")
 CASES = [
     *(
         (t, f"{f}{g}", "recommended")
@@ -30,9 +33,13 @@ CASES = [
         for g in ("", "-gradient")
         for f in FORMS
     ),
-    *((TPU, f"{f}-gradient-float32", "recommended") for f in FORMS),
     *(
-        (GPU, f"ring{g}", o)
+        (TPU, f"{f}-gradient", "recommended")
+        for f in ("ring-2-saved", "plain-float32", "ring-float32", "ring-2-float32")
+    ),
+    *(
+        (GPU, f"{f}{g}", o)
+        for f in ("plain", "ring", "ring-2")
         for g in ("", "-gradient")
         for o in ("recommended", "default")
     ),
@@ -77,8 +84,10 @@ def compile_case(target: str, form: str, flags: str, sizes: list[int]) -> dict:
         return lax.psum_scatter(y, "t", scatter_dimension=0, tiled=True)
 
     def ring(x, up, down):
-        how: Any = {"bidirectional": form == "both", "preferred_element_type": dtype}
-        h = overlap.all_gather_matmul(x, up, "t", epilogue=activate, **how)
+        how: Any = {"chunks": 2 if "2" in rest else 1, "preferred_element_type": dtype}
+        how |= {"bidirectional": form == "both"}
+        keep = {"save_gathered": "saved" in rest}
+        h = overlap.all_gather_matmul(x, up, "t", epilogue=activate, **how, **keep)
         return overlap.matmul_reduce_scatter(h, down, "t", **how)
 
     def textbook(x, up, down):

@@ -54,35 +54,64 @@ WHOLE, SMALL = bench.Options(), bench.Options(rows=2048, width=1024, hidden=4096
 
 @functools.cache
 def compiled(target, form, flags="recommended", options=WHOLE):
-    """What the compiler made of an MLP on 8 devices."""
+    """What the compiler made of an MLP on 8 devices; once for all tests of this file,
+    which pytest gives to one worker.
+    """
     return bench.run_case(target, form, flags, options)
 
 
+# Forward with two chunks: 7 permutes of the gather, 2 x 7 of the scatter. Backward a
+# gather ring of 7 more, and a scatter of 2 x 7 with a gather of 7 beside it; XLA makes
+# one of the first step that two of them share.
+PERMUTES = {"": 21, "-gradient": 48}
+
+
 @pytest.mark.requires("libtpu")
-@pytest.mark.parametrize(("form", "permutes"), [("", 14), ("-gradient", 28)])
-def test_on_tpu_every_permute_has_a_product(form, permutes):
-    ring = compiled(bench.TPU, f"ring{form}")
-    assert ring["asynchronous"] == ring["covered"] >= permutes
+@pytest.mark.parametrize("form", PERMUTES)
+def test_on_tpu_every_permute_has_a_product(form):
+    ring = compiled(bench.TPU, f"ring-2{form}")
+    assert ring["asynchronous"] == ring["covered"] >= PERMUTES[form]
     assert not ring["synchronous"]
     plain = compiled(bench.TPU, f"plain{form}")
     assert plain["synchronous"] and plain["covered"] <= 1
-    assert ring["product_cycles"] <= 1.05 * plain["product_cycles"]
-    assert ring["temporary_bytes"] <= 1.05 * plain["temporary_bytes"]
+
+
+@pytest.mark.requires("libtpu")
+@pytest.mark.parametrize("form", PERMUTES)
+def test_on_tpu_a_ring_costs_hardly_more_than_plain(form):
+    ring, plain = (compiled(bench.TPU, f"{f}{form}") for f in ("ring-2", "plain"))
+    # Additions and copies too, of which the plain form has few.
+    assert ring["cycles"] <= 1.05 * plain["cycles"]
+    assert ring["temporary_bytes"] <= plain["temporary_bytes"]
+    products = ring["product_cycles"] / plain["product_cycles"]
+    if form:
+        assert products <= 1.05
+    else:
+        # These products add as well (1.057); those of one chunk do not.
+        assert products <= 1.06
+        alone = compiled(bench.TPU, "ring")
+        assert alone["asynchronous"] == alone["covered"] == 14
+        assert alone["product_cycles"] <= 1.05 * plain["product_cycles"]
 
 
 @pytest.mark.requires("libtpu")
 @pytest.mark.parametrize("target", bench.TPUS[1:])
-@pytest.mark.parametrize(("form", "permutes"), [("ring", 14), ("ring-gradient", 28)])
+@pytest.mark.parametrize(("form", "permutes"), [("", 14), ("-gradient", 34)])
 def test_so_it_is_on_other_tpus(target, form, permutes):
-    ring = compiled(target, form, options=SMALL)
+    ring = compiled(target, f"ring{form}", options=SMALL)
     assert ring["asynchronous"] == ring["covered"] >= permutes
-    assert not ring["synchronous"]
+    ring = compiled(target, f"ring-2{form}", options=SMALL)
+    assert ring["asynchronous"] >= PERMUTES[form] and not ring["synchronous"]
+    # The last half step may be bare: its products go straight into the result, and
+    # nothing keeps libtpu from putting them after the permute.
+    assert len(ring["uncovered"]) <= 1
 
 
 @pytest.mark.requires("libtpu")
 def test_sums_in_float32_are_hidden_as_well():
-    ring = compiled(bench.TPU, "ring-gradient-float32", options=SMALL)
-    assert ring["asynchronous"] == ring["covered"] >= 28 and not ring["synchronous"]
+    ring = compiled(bench.TPU, "ring-2-gradient-float32", options=SMALL)
+    assert ring["asynchronous"] == ring["covered"] >= PERMUTES["-gradient"]
+    assert not ring["synchronous"]
 
 
 @pytest.mark.requires("jax_cuda13_plugin")
@@ -91,5 +120,7 @@ def test_on_gpu_the_barriers_keep_the_ring_and_the_textbook_loses_it():
     assert ring["asynchronous"] == ring["covered"] == 14
     ring = compiled(bench.GPU, "ring", "default")
     assert ring["asynchronous"] == 14 and ring["covered"] >= 13
+    ring = compiled(bench.GPU, "ring-gradient")
+    assert ring["asynchronous"] == ring["covered"] == 34
     textbook = compiled(bench.GPU, "textbook", "default")
     assert textbook["asynchronous"] >= 7 and textbook["covered"] == 0
