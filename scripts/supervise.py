@@ -131,7 +131,8 @@ def _supervise(options: Options, command: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_folder(folder))
         keys = _keys(folder, options)
-        write = stack.enter_context(metrics.open_writer(folder, 0))
+        # An earlier supervisor's curves stay, whatever step it had come to.
+        write = stack.enter_context(metrics.open_writer(folder, sys.maxsize >> 32))
         journal = stack.enter_context(
             contextlib.closing(Journal(folder, write, lambda s: print(s, flush=True)))
         )

@@ -16,12 +16,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STANDALONE = ("optim", "overlap", "health")
+# Besides jax, optax, numpy and the standard library: nothing of these imports more.
+LEAVES = ("jaxlab.errors", "jaxlab._compat", "jaxlab.files")
+# What a part needs of its own. Prometheus is an extra, imported where it is used.
+OWN = {"health": ("zmq", "prometheus_client")}
 # Slow to import, or absent where nobody needs them: imported where they are used.
 HEAVY = (
     "grain",
     "matplotlib",
     "orbax",
     "playwright",
+    "prometheus_client",
     "pyarrow",
     "ray",
     "safetensors",
@@ -73,8 +78,8 @@ def report(offences: list[tuple[Path, str]]) -> str:
 
 def standalone_offences(part: str, names: set[str]) -> set[str]:
     """What a part that stands alone imports beyond the few things it may."""
-    own = (f"jaxlab.{part}", "jaxlab.errors", "jaxlab._compat")
-    allowed = ("jax", "optax", "numpy", *own)
+    own = (f"jaxlab.{part}", *OWN.get(part, ()))
+    allowed = ("jax", "optax", "numpy", *LEAVES, *own)
     return {
         name
         for name in names
@@ -101,6 +106,10 @@ def f():
     assert standalone_offences("optim", {"jaxlab.config.Run", "jax.lax", "json"}) == {
         "jaxlab.config.Run"
     }
+    assert standalone_offences("health", {"zmq.auth", "jaxlab.files.write_text"}) == (
+        set()
+    )
+    assert standalone_offences("optim", {"zmq.auth"}) == {"zmq.auth"}
 
 
 @pytest.mark.parametrize("part", STANDALONE)
@@ -109,6 +118,18 @@ def test_part_stands_alone(part):
         (path, name)
         for path in [*files(f"jaxlab/{part}"), *ROOT.glob(f"jaxlab/{part}.py")]
         for name in standalone_offences(part, imported(path))
+    ]
+    assert not offences, report(offences)
+
+
+def test_leaves_import_nothing_of_the_framework():
+    offences = [
+        (path, name)
+        for leaf in LEAVES
+        if (path := ROOT / f"{leaf.replace('.', '/')}.py").exists()
+        for name in imported(path)
+        if within(name, "jaxlab", "flax", "orbax", "grain")
+        and not within(name, *LEAVES)
     ]
     assert not offences, report(offences)
 
@@ -190,6 +211,19 @@ def test_importing_jaxlab_is_free():
     heavy = {"jax", "jaxlib", "flax", "optax", "numpy", *HEAVY}
     assert "jaxlab" in loaded
     assert not heavy & other
+
+
+def test_importing_health_needs_neither_jax_nor_zmq():
+    """Its pure functions do not; what is asked for by name brings its module."""
+    names = ["jaxlab.health", "jaxlab.health.journal", "jaxlab.health.plan"]
+    loaded = loaded_by(*names)
+    free = {*loaded[names[0]], *loaded[names[1]]}
+    assert not free & {"jax", "jaxlib", "zmq", "prometheus_client"}
+    assert "jax" in loaded["jaxlab.health.plan"]
+    from jaxlab import health
+
+    assert all(getattr(health, name) is not None for name in health.__all__)
+    assert not hasattr(health, "no_such_name")
 
 
 def test_importing_a_part_is_cheap():

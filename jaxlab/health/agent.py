@@ -14,7 +14,6 @@ all.
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -22,6 +21,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from jaxlab.health import board
 from jaxlab.health._compat import coordination_service
 from jaxlab.health.channel import Channel, Keys, Message, connect
 from jaxlab.health.probe import tcp_listener, tcp_probe
+from jaxlab.health.reports import told_delays
 
 BOARD = "JAXLAB_HEALTH_BOARD"
 REQUEST, LOOKED = "request.json", "looked.json"
@@ -150,7 +151,7 @@ class _State:
         self.kill()
 
     def kill(self) -> None:
-        """Ends all workers, at once, and the coordinator."""
+        """Ends all workers, at once, and the coordinator a little later."""
         for worker in self.workers.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.process.pid, signal.SIGKILL)
@@ -158,7 +159,9 @@ class _State:
             worker.kill()
             worker.log.close()
         self.workers.clear()
-        self.coordinator.close()
+        # It waits for ranks that it cannot reach: not for us to wait for.
+        closing = self.coordinator.pop_all()
+        threading.Thread(target=closing.close, daemon=True).start()
         for name in (REQUEST, LOOKED):
             (self.boards / name).unlink(missing_ok=True)
 
@@ -197,7 +200,7 @@ def _obey(message: Message, state: _State, channel: Channel) -> None:
                 None if p is None else (str(p[0]), int(p[1])) for p in body["peers"]
             ]
             delays = tcp_probe(peers, state.token, timeout=float(body["timeout"]))
-            channel.send("probed", {"id": body["id"], "delay": [*map(_told, delays)]})
+            channel.send("probed", {"delay": told_delays(delays)})
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         channel.send("failed", {"what": message.kind, "why": repr(error)})
 
@@ -206,13 +209,6 @@ def free_port(address: str) -> int:
     """A port of this host that nobody listens at."""
     with socket.create_server((address, 0)) as server:
         return server.getsockname()[1]
-
-
-def _told(seconds: float) -> float | str | None:
-    """A delay for JSON, which has neither NaN nor infinity."""
-    if math.isnan(seconds):
-        return None
-    return "inf" if math.isinf(seconds) else float(seconds)
 
 
 def start(

@@ -23,6 +23,7 @@ from jaxlab.health.detect import Diagnosis, Kind, Phase, few
 from jaxlab.health.probe import ppermute_probe
 from jaxlab.health.profile import collective_times, profiled
 from jaxlab.health.record import Recorder
+from jaxlab.health.reports import told_delays
 
 STEPS = 6
 """steps that are profiled, one of which only says when the next began"""
@@ -55,7 +56,8 @@ class Looks:
         return looked
 
     def _before(self, args: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        refused = OSError, KeyError, TypeError, ValueError, OverflowError
+        with contextlib.suppress(*refused):
             changed = os.stat(self._request).st_mtime_ns
             if changed != self._seen:
                 self._seen, self._due = changed, _checked(self._request.read_text())
@@ -74,7 +76,7 @@ class Looks:
             jax.block_until_ready(args)
             with self._recorder.phase(Phase.OTHER):
                 delay = ppermute_probe(one_device_each())
-            self._tell(due["id"], {"delay": delay.tolist()})
+            self._tell(due["id"], {"delay": told_delays(delay)})
 
     def _after(self, out: Any) -> None:
         if self._profile is None:
@@ -138,6 +140,10 @@ def read(body: Mapping[str, Any]) -> Times:
         raise ValueError("the profile has no steps")
     if not times.step.shape == times.wait.shape == times.local.shape:
         raise ValueError("the profile's tables differ in shape")
+    if times.pure_comm.shape != times.step.shape[:1]:
+        raise ValueError("the profile's communication is not that of its steps")
+    if not all(np.isfinite(table).all() for table in times):
+        raise ValueError("the profile has times that are not finite")
     return times
 
 
@@ -159,9 +165,10 @@ def compare(before: Times, now: Times) -> Diagnosis:
     if longer <= 0:
         return Diagnosis(Kind.HEALTHY, evidence="steps are as short as they were")
     local = median(now.local) - median(before.local)
-    own = np.array([x - np.median(np.delete(local, i)) for i, x in enumerate(local)])
-    if len(local) == 1:
-        own = local
+    own = local
+    if len(local) > 1:
+        others = [np.median(np.delete(local, i)) for i in range(len(local))]
+        own = local - np.array(others)
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
     text = f"steps have become {longer * 1e3:.3g} ms longer"

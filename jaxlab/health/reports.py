@@ -30,6 +30,20 @@ class Agent:
     """when it last reported"""
 
 
+def _whole(value: Any) -> int:
+    """A whole number that fits into an array of them."""
+    if not isinstance(value, int) or abs(value) >= 2**53:
+        raise ValueError(f"no count: a {type(value).__name__}")
+    return int(value)
+
+
+def _real(value: Any) -> float:
+    """A number, neither infinite nor NaN."""
+    if not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ValueError(f"no finite number of seconds: a {type(value).__name__}")
+    return float(value)
+
+
 def read_hello(sender: bytes, body: Mapping[str, Any], now: float) -> Agent:
     """An agent that presents itself.
 
@@ -39,11 +53,11 @@ def read_hello(sender: bytes, body: Mapping[str, Any], now: float) -> Agent:
     return Agent(
         sender,
         str(body["instance"]),
-        int(body["slots"]),
+        _whole(body["slots"]),
         str(body["address"]),
-        int(body["probe"]),
-        int(body["port"]),
-        [(int(g), int(rank)) for g, rank in body["running"]],
+        _whole(body["probe"]),
+        _whole(body["port"]),
+        [(_whole(g), _whole(rank)) for g, rank in body["running"]],
         now,
     )
 
@@ -62,21 +76,21 @@ def read_row(
     """
     code = row["code"]
     kept: dict[str, Any] = {
-        "code": None if code is None else int(code),
+        "code": None if code is None else _whole(code),
         "stopped": bool(row["stopped"]),
-        "pid": int(row["pid"]),
+        "pid": _whole(row["pid"]),
         "told": now,
     }
     if "heartbeat" not in row:
         return kept, []
-    kept |= {name: now - float(row[name]) for name in ("heartbeat", "progress")}
+    kept |= {name: now - _real(row[name]) for name in ("heartbeat", "progress")}
     names = ("enter_seq", "exit_seq", "phase", "step")
-    kept |= {name: int(row[name]) for name in names}
+    kept |= {name: _whole(row[name]) for name in names}
     Phase(kept["phase"])
     samples = []
     for step, start, enter, leave, phase in row["samples"]:
-        times = float(start), float(enter), float(leave)
-        samples.append(RankSample(int(step), *times, int(phase)))
+        times = _real(start), _real(enter), _real(leave)
+        samples.append(RankSample(_whole(step), *times, _whole(phase)))
     return kept, samples
 
 
@@ -120,15 +134,30 @@ def untold(rows: Mapping[int, Mapping[str, Any]], n: int, since: float) -> list[
 
 
 def read_delays(cells: Any) -> np.ndarray:
-    """Seconds of links, float64; None in JSON is what was not measured.
+    """Seconds of links, float64 [n] or [n, n].
+
+    In JSON None is what was not measured, and "inf" what did not answer.
 
     Raises:
         TypeError, ValueError: these are no such numbers.
     """
 
-    def number(cell: Any) -> Any:
-        if isinstance(cell, list):
-            return [number(c) for c in cell]
-        return math.nan if cell is None else float(cell)
+    def number(cell: Any, depth: int = 0) -> Any:
+        if isinstance(cell, list) and depth < 2:
+            return [number(c, depth + 1) for c in cell]
+        if cell is None or cell == "inf":
+            return math.nan if cell is None else math.inf
+        return _real(cell)
 
     return np.array(number(cells), float)
+
+
+def told_delays(delay: np.ndarray) -> list[Any]:
+    """The other way: JSON, which has neither NaN nor infinity."""
+
+    def told(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [told(c) for c in cell]
+        return None if math.isnan(cell) else "inf" if math.isinf(cell) else cell
+
+    return told(np.asarray(delay, float).tolist())

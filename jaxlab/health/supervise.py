@@ -26,6 +26,7 @@ from jaxlab.health.detect import (
     Diagnosis,
     Kind,
     Phase,
+    Window,
     align,
     detect_stall,
     few,
@@ -34,6 +35,8 @@ from jaxlab.health.journal import Downtime, Goodput, Journal
 from jaxlab.health.roster import HEARD, Roster
 from jaxlab.health.steer import Action, Job, Slot, SteerConfig
 
+CURVES = 5.0
+"""seconds of steps that make one point of the curves"""
 AHEAD = 2.0
 """seconds until the step from which ranks look, so that all are told in time"""
 TAKEOVER = 5.0
@@ -100,6 +103,8 @@ class Supervisor:
         self._blind = self._resigned = False
         self._asked: Asked | None = None
         self._windowed, self._told = 0.0, -math.inf
+        self._unwritten: list[Window] = []
+        self._written = self._clock()
 
     # ---------------------------------------------------------------- the loop
 
@@ -233,7 +238,12 @@ class Supervisor:
         if self._fault is not None:
             self._recovered(now)
         self._goodput = self._goodput.advanced(window)
-        self._journal.window(window, self._goodput, now)
+        self._unwritten.append(window)
+        if now - self._written >= CURVES:
+            columns = zip(*self._unwritten, strict=True)
+            joined = Window(*map(np.concatenate, columns))
+            self._journal.window(joined, self._goodput, now)
+            self._unwritten, self._written = [], now
         self._slow, diagnosis = sequential.update_slow(
             self._slow, window, self._baseline, self._detecting
         )
@@ -261,7 +271,7 @@ class Supervisor:
         )
         if diagnosis.kind not in (Kind.HEALTHY, Kind.UNKNOWN):
             self._last = str(diagnosis)
-            if suspected is None or suspected[0].kind != diagnosis.kind:
+            if suspected is None or suspected[0][:3] != diagnosis[:3]:
                 self._journal.event(
                     "diagnosis",
                     self._goodput.step,
@@ -371,6 +381,8 @@ class Supervisor:
         times = look.read(body)
         if self._healthy is None:
             self._healthy = times
+            text = f"knows a healthy step, {1e3 * self._baseline.step:.3g} ms"
+            self._journal.event("learned", self._goodput.step, text)
             return None
         return look.compare(self._healthy, times)
 
