@@ -146,11 +146,11 @@ def open_checkpoints(
         )
     folder = Path(folder)
     if not read_only:
-        _from_process_0(functools.partial(_prepare, folder))
+        from_process_0(functools.partial(_prepare, folder))
     keep = Keep(keep_last, keep_best)
     manager = Checkpoints(folder, folder.absolute(), read_only, keep)
     _connect(manager)
-    keep.losses.update(_from_process_0(functools.partial(_read_losses, manager)))
+    keep.losses.update(from_process_0(functools.partial(_read_losses, manager)))
     return manager
 
 
@@ -191,7 +191,7 @@ def newest_description(manager: Checkpoints) -> dict[str, Any]:
                 return _read_description(manager.root / str(step))["description"]
         return {}
 
-    return _from_process_0(read)
+    return from_process_0(read)
 
 
 def save(
@@ -236,7 +236,7 @@ def save(
         "description": description,
         # NaN is no JSON; a loss that is not finite is never among the best.
         "metrics": {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()},
-        "leaves": _leaves(state),
+        "leaves": leaf_types(state),
     }
     manager.writing = step
     if math.isfinite(metrics.get(BEST_METRIC, math.nan)):
@@ -288,7 +288,7 @@ def restore(
     manager.wait()
     target = jax.tree.map(placed, abstract_state)
     choose = functools.partial(_choose, manager, target, description, log)
-    while choice := _from_process_0(choose):
+    while choice := from_process_0(choose):
         step, verified = choice
         manager.orbax.reload()  # damaged ones may have been moved away
         failure, restored = None, None
@@ -300,13 +300,13 @@ def restore(
             failure = error
         if _on_all_processes(failure is None):
             return restored, step
-        reason = _first_line(failure)
+        reason = first_line(failure)
         if verified:  # every byte is as it was written: an older one would fail too
             raise CheckpointError(
                 f"checkpoint {manager.folder / str(step)} is undamaged but could not "
                 f"be restored: {reason}"
             ) from failure
-        _from_process_0(functools.partial(_set_aside, manager, step, reason, log))
+        from_process_0(functools.partial(_set_aside, manager, step, reason, log))
     return None
 
 
@@ -323,13 +323,13 @@ def _choose(
             try:
                 record = _read_description(root)
             except (OSError, ValueError) as error:
-                fault = f"description is unreadable ({_first_line(error)})"
+                fault = f"description is unreadable ({first_line(error)})"
         if fault is not None:
             _set_aside(manager, step, fault, log)
             continue
         ours = json.loads(json.dumps(description))
-        _compare(record["description"].get("model"), ours.get("model"), "model", shown)
-        _compare(record["leaves"], _leaves(target), "state", shown)
+        compare(record["description"].get("model"), ours.get("model"), "model", shown)
+        compare(record["leaves"], leaf_types(target), "state", shown)
         if not verified:
             log(f"checkpoint {shown} has no {manifest.NAME}: used unverified")
         return step, verified
@@ -360,12 +360,12 @@ def _set_aside(manager: Checkpoints, step: int, fault: str, log: Log) -> None:
     log(f"checkpoint {manager.folder / str(step)} is damaged: {fault}; {fate}")
 
 
-def _compare(saved: Any, wanted: Any, field: str, where: Path) -> None:
+def compare(saved: Any, wanted: Any, field: str, where: Path) -> None:
     """Raises UserError that names the first field in which two JSON values differ."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in saved if key not in wanted)]:
             there, here = saved.get(key, "absent"), wanted.get(key, "absent")
-            _compare(there, here, f"{field}.{key}", where)
+            compare(there, here, f"{field}.{key}", where)
     elif saved != wanted:
         raise UserError(
             f"{field} is {wanted} here but {saved} in the checkpoint {where}; "
@@ -373,8 +373,8 @@ def _compare(saved: Any, wanted: Any, field: str, where: Path) -> None:
         )
 
 
-def _leaves(state: Any) -> dict[str, str]:
-    """Path and "dtype[shape]" of each array: orbax would cast in silence."""
+def leaf_types(state: Any) -> dict[str, str]:
+    """Path and "dtype[shape]" of each array, in order: orbax would cast in silence."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -436,14 +436,14 @@ def _raise_failed_save(manager: Checkpoints, error: Exception) -> NoReturn:
     full = re.search("no space left|quota exceeded", str(error), re.IGNORECASE)
     if not (full or isinstance(error, OSError) or "os_error_code" in str(error)):
         raise error
-    reason = "no space left; free some" if full else _first_line(error)
+    reason = "no space left; free some" if full else first_line(error)
     raise UserError(
         f"checkpoint {manager.writing} was not written to {manager.folder}: {reason} "
         "(the earlier checkpoints there are whole)"
     ) from error
 
 
-def _first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
     """Class and first line of an error, short enough for a message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
@@ -455,7 +455,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return not any(f"{os.sep}orbax{os.sep}" in name for name in files)
 
 
-def _from_process_0(decide: Callable[[], Any]) -> Any:
+def from_process_0(decide: Callable[[], Any]) -> Any:
     """Runs decide on process 0; its JSON result or UserError is every process's."""
     if jax.process_count() == 1:
         return decide()

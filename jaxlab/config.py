@@ -159,6 +159,9 @@ class Checkpoint:
     """newest checkpoints to keep"""
     keep_best: int = 1
     """checkpoints of the lowest evaluation loss to keep"""
+    snapshot_seconds: float = 0.0
+    """seconds of work that a fault may cost: the state is also written this often to
+    OUT/checkpoints/snapshots, where a start after a fault finds it; 0: not"""
 
 
 @dataclass(frozen=True)
@@ -422,6 +425,11 @@ def validate(run: Run, mesh: MeshShape) -> None:
         raise ConfigError(
             f"checkpoint.keep_last is {run.checkpoint.keep_last}, and "
             "must be at least 1, or there is nothing to resume from"
+        )
+    if not 0 <= run.checkpoint.snapshot_seconds < float("inf"):
+        raise ConfigError(
+            f"checkpoint.snapshot_seconds is {run.checkpoint.snapshot_seconds}, and "
+            "must be 0 (none) or a number of seconds"
         )
     check_rows(run, mesh)
     for value, name, size, axis in (

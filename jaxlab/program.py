@@ -298,27 +298,50 @@ def restore(
     program: Program,
     tokenizer: Any,
     log: Callable[[str], Any] = print,
+    hot: Any = None,
 ) -> tuple[TrainState, int] | None:
-    """The newest sound checkpoint, on this program's number of replicas.
+    """The newest sound state, on this program's number of replicas.
 
     Args:
         saved: of `checkpoint.open_checkpoints`.
         program: the run.
         tokenizer: its tokenizer.
-        log: takes lines about damaged checkpoints and resizing.
+        log: takes lines about damage, resizing and snapshots.
+        hot: of `snapshot.open_snapshots`: a newer one there goes before a checkpoint.
 
     Raises:
         UserError: see `checkpoint.restore`.
     """
-    from jaxlab import checkpoint
+    from jaxlab import checkpoint, snapshot
 
     ours = description(program, tokenizer.fingerprint)
-    there = checkpoint.newest_description(saved).get("replicas")
+    readers = [(checkpoint.newest_description(saved), partial(checkpoint.restore, saved))]
+    if hot is not None:
+        last = max(checkpoint.steps(saved), default=-1)
+        newest = snapshot.newest(hot, last, log)
+        said = newest[2] if newest else {}
+        readers.insert(0, (said, partial(snapshot.restore, hot, after=last)))
+    for said, read in readers:
+        found = _resized(read, said.get("replicas"), ours, program, tokenizer, log)
+        if found is not None:
+            return found
+    return None
+
+
+def _resized(
+    read: Callable[..., Any],
+    there: int | None,
+    ours: dict[str, Any],
+    program: Program,
+    tokenizer: Any,
+    log: Callable[[str], Any],
+) -> tuple[TrainState, int] | None:
+    """A state of `there` replicas, read onto this program's number of them."""
     here = ours["replicas"]
     if there is None or here is None or there == here:
-        return checkpoint.restore(saved, program.abstract, description=ours, log=log)
+        return read(program.abstract, description=ours, log=log)
     other = build(program.run, tokenizer.vocab_size, replicas_saved=there)
-    found = checkpoint.restore(saved, other.abstract, description=ours, log=log)
+    found = read(other.abstract, description=ours, log=log)
     if found is None:
         return None
     log(

@@ -64,10 +64,12 @@ def _train(
     stack: contextlib.ExitStack,
     say: Say,
 ) -> TrainState:
-    from jaxlab import checkpoint  # orbax takes two seconds to import
+    from jaxlab import checkpoint, snapshot  # orbax takes a while to import
 
     run, out = made.run, Path(made.run.out)
     description = program.description(made, tokens.tokenizer.fingerprint)
+    folder, seconds = out / "checkpoints/snapshots", run.checkpoint.snapshot_seconds
+    hot = stack.enter_context(snapshot.open_snapshots(folder, seconds, say))
     saved = stack.enter_context(
         contextlib.closing(
             checkpoint.open_checkpoints(
@@ -77,7 +79,7 @@ def _train(
             )
         )
     )
-    found = program.restore(saved, made, tokens.tokenizer, say)
+    found = program.restore(saved, made, tokens.tokenizer, say, hot)
     state, start = found or (program.first_state(made), 0)
     for line in record.start_up(made, tokens, start if found else None):
         say(line)
@@ -163,6 +165,10 @@ def _train(
             settle()
             with watch("checkpoint"):
                 checkpoint.save(saved, step, state, description, scores)
+        elif hot.due(step):
+            settle()
+            with watch("checkpoint"):
+                hot.save(step, state, description)
         if stopping and not last:
             say(
                 f"stopped by {' '.join(stop) or 'another process'} after step {step}; "
