@@ -249,8 +249,7 @@ def from_json(value: Any, where: str = "config") -> Any:
     """
     if not (isinstance(value, dict) and "type" in value):
         return value
-    known = {k: c for k, c in globals().items() if dataclasses.is_dataclass(c)}
-    cls: Any = known.get(value["type"])
+    cls: Any = _dataclass(value["type"])
     if cls is None:
         raise ConfigError(f"{where}: no config is called {value['type']!r}")
     hints = typing.get_type_hints(cls)
@@ -262,14 +261,29 @@ def from_json(value: Any, where: str = "config") -> Any:
             raise ConfigError(
                 f"{where}: {cls.__name__} has no field {name!r}" + _nearest(name, hints)
             )
-        fields[name] = from_json(item, f"{where}.{name}")
+        item = from_json(item, f"{where}.{name}")
+        if typing.get_origin(hints[name]) is tuple and isinstance(item, list):
+            item = tuple(item)  # JSON has lists only
+        fields[name] = item
         if not _fits(fields[name], hints[name]):
             raise ConfigError(f"{where}.{name} is {item!r}, not {hints[name]}")
     return cls(**fields)
 
 
+def _dataclass(name: Any) -> Any:
+    found = globals().get(name)
+    if found is None:
+        from jaxlab.rl import config as rl  # which imports this module
+
+        found = vars(rl).get(name)
+    return found if dataclasses.is_dataclass(found) else None
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is tuple:  # of any length, of one type
+        each = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(v, each) for v in value)
     if origin is Literal:
         return value in typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
