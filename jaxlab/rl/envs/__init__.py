@@ -14,3 +14,15 @@ register(
     entry_point="jaxlab.rl.envs.pix:PixEnv",
     vector_entry_point="jaxlab.rl.envs.pix:PixVectorEnv",
 )
+register(
+    id="jaxlab/MiniWoB-v0",
+    entry_point="jaxlab.rl.envs.miniwob:MiniWoBEnv",
+)
+register(
+    id="jaxlab/Farama-v0",
+    entry_point="jaxlab.rl.envs.adapters:FaramaEnv",
+)
+register(
+    id="jaxlab/BrowserGym-v0",
+    entry_point="jaxlab.rl.envs.adapters:BrowserGymEnv",
+)

@@ -23,6 +23,13 @@ PRINTABLE = "".join(map(chr, range(32, 127)))
 _WORD = re.compile(r'\w+|"|[^\w\s"]')
 
 
+class Crash(RuntimeError):
+    """An environment died, or hung, under an episode, through no action's fault.
+
+    The episode is lost and has no reward; `reset` starts anew.
+    """
+
+
 class Kind(enum.IntEnum):
     """What an action does; `ARGUMENTS` says which of its entries it reads."""
 
@@ -201,15 +208,31 @@ def split_words(text: str) -> list[str]:
 def encode(text: str, words: Mapping[str, int], length: int) -> np.ndarray:
     """Ids of an instruction's words.
 
+    A word without an id is spelled, if all of its letters have one, with the id of a
+    blank, if there is one, between two such words.
+
     Args:
       text: the instruction.
       words: id of each word of the vocabulary.
       length: of the result; a longer instruction loses its end.
 
     Returns:
-      int32 [length]: `UNKNOWN` for words without an id, `PAD` after the end.
+      int32 [length]: `UNKNOWN` for words without ids, `PAD` after the end.
     """
-    ids = [words.get(word, UNKNOWN) for word in split_words(text)[:length]]
+    ids: list[int] = []
+    spelled = False
+    for word in split_words(text):
+        if word in words:
+            ids.append(words[word])
+            spelled = False
+        elif all(letter in words for letter in word):
+            ids += [words[" "]] if spelled and " " in words else []
+            ids += [words[letter] for letter in word]
+            spelled = True
+        else:
+            ids.append(UNKNOWN)
+            spelled = False
+    ids = ids[:length]
     return np.array(ids + [PAD] * (length - len(ids)), np.int32)
 
 
