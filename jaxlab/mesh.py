@@ -7,6 +7,7 @@ which mesh axis a name is cut along; the partitioner does the rest.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,24 +123,31 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
-def make_mesh(shape: MeshShape, delay: np.ndarray | None = None) -> jax.sharding.Mesh:
+def make_mesh(
+    shape: MeshShape,
+    delay: np.ndarray | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
     """The mesh over all devices of the job.
 
     Args:
         shape: sizes of its axes.
         delay: seconds [process, process] (`jaxlab.health.ppermute_probe`), the same in
             all of them: the axes' rings avoid slow links. None: JAX's own order.
+        devices: other ones.
 
     Raises:
         ConfigError: the axes do not multiply to the number of devices.
     """
-    shape = resolve_mesh(shape, jax.device_count())
+    devices = jax.devices() if devices is None else devices
+    shape = resolve_mesh(shape, len(devices))
     sizes = (shape.replica, shape.data, shape.fsdp, shape.tensor)
     if delay is not None:
         from jaxlab.health.plan import plan_mesh
 
-        return plan_mesh(jax.devices(), delay, sizes, AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return plan_mesh(devices, delay, sizes, AXES)
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
 
 def link_delays() -> np.ndarray:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxlab import config, data, manual, optim, replicas
+from jaxlab._compat import cache_on_every_process
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.mesh import link_delays, make_mesh, partition_spec
 from jaxlab.models import gpt
@@ -315,7 +316,9 @@ def restore(
     from jaxlab import checkpoint, snapshot
 
     ours = description(program, tokenizer.fingerprint)
-    readers = [(checkpoint.newest_description(saved), partial(checkpoint.restore, saved))]
+    readers = [
+        (checkpoint.newest_description(saved), partial(checkpoint.restore, saved))
+    ]
     if hot is not None:
         last = max(checkpoint.steps(saved), default=-1)
         newest = snapshot.newest(hot, last, log)
@@ -398,6 +401,7 @@ def use_compilation_cache() -> None:
 
     Leaves a cache alone that the user has configured.
     """
+    cache_on_every_process()
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         home = Path(os.environ.get("JAXLAB_CACHE", "~/.cache/jaxlab")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "xla"))

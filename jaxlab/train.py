@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from jaxlab import config, data, metrics, program, record, replicas
+from jaxlab import ahead, config, data, metrics, program, record, replicas
 from jaxlab.errors import UserError
 from jaxlab.files import locked_folder
 from jaxlab.health.worker import Monitor, monitor
@@ -52,7 +52,8 @@ def train(run: config.Run, say: Say = print) -> TrainState:
         made = program.build(run, tokens.tokenizer.vocab_size)
         config.validate(made.run, config.MeshShape(**made.mesh.shape))
         stack.enter_context(jax.set_mesh(made.mesh))
-        made = made._replace(step=health.wrap(made.step))
+        step = stack.enter_context(ahead.compiling(made, health))
+        made = made._replace(step=health.wrap(step))
         say = say if primary else lambda line: None
         return _train(made, tokens, health, stack, say)
 
@@ -242,9 +243,8 @@ def _progress_bar(start: int, steps: int) -> Iterator[tqdm]:
 @contextlib.contextmanager
 def _trace(run: config.Run, nth: int) -> Iterator[None]:
     """With `run.profile`, traces the fifth to eighth step of this process."""
-    folder = Path(run.out) / "profile"
     if run.profile and nth == 5:
-        jax.profiler.start_trace(str(folder))
+        jax.profiler.start_trace(f"{run.out}/profile")
     yield
     if run.profile and nth == 8:
         jax.profiler.stop_trace()

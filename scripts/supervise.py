@@ -22,6 +22,8 @@ from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import ConfigError, UserError
 
 PROG = "scripts/supervise.py"
+Sizes = tuple[int, ...]
+Words = Callable[[int], Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,11 @@ class Options:
     gather: float = 60.0
     """seconds to wait for the agents"""
     hook: str = ""
-    """command to start when something is done about a fault; gets JSON on its input"""
+    """what to tell of diagnoses, restarts and the end, as JSON: a command, on its
+    standard input, or http://..., by POST"""
+    metrics: int | None = None
+    """port of this machine (127.0.0.1) where Prometheus may ask; needs the extra
+    metrics"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +116,15 @@ def _show_status(arguments: Sequence[str]) -> None:
         print(table(json.loads(path.read_text()), time.time()))
     except FileNotFoundError:
         raise UserError(f"there is no {path}: is this a health folder?") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a status of this version: {error!r}") from None
 
 
 def _supervise(options: Options, command: list[str]) -> int:
     from jaxlab import metrics
     from jaxlab.files import locked_folder
-    from jaxlab.health import channel
+    from jaxlab.health import channel, prometheus
+    from jaxlab.health.hook import hook
     from jaxlab.health.journal import Journal
     from jaxlab.health.roster import Roster
     from jaxlab.health.steer import SteerConfig
@@ -126,16 +135,21 @@ def _supervise(options: Options, command: list[str]) -> int:
     if (options.local is None) == (options.hosts is None):
         raise ConfigError("give either --local N or --hosts FILE")
     hosts = _hosts(options)
-    out, sizes = _run(command, sum(count for count, _ in hosts.values()))
+    processes = sum(count for count, _ in hosts.values())
+    out, sizes, words = _run(command, processes)
     folder = Path(options.health or out / "health")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_folder(folder))
         keys = _keys(folder, options)
         # An earlier supervisor's curves stay, whatever step it had come to.
         write = stack.enter_context(metrics.open_writer(folder, sys.maxsize >> 32))
-        journal = stack.enter_context(
-            contextlib.closing(Journal(folder, write, lambda s: print(s, flush=True)))
-        )
+        say = partial(print, flush=True)
+        tell = stack.enter_context(hook(options.hook, say))
+        journal = Journal(folder, write, say, tell=tell)
+        stack.callback(journal.close)
+        if options.metrics is not None:
+            at = stack.enter_context(prometheus.serve(folder, options.metrics))
+            say(f"metrics at http://{at[0]}:{at[1]}/metrics")
         master = stack.enter_context(channel.listen(keys))
         start_agent = stack.enter_context(_agents(hosts, folder, options))
         show = partial(print, end="", flush=True)
@@ -146,7 +160,7 @@ def _supervise(options: Options, command: list[str]) -> int:
             folder,
             journal,
             steering=SteerConfig(sizes=options.sizes or sizes, least=options.least),
-            hook=shlex.split(options.hook),
+            words=words,
         )
         stack.enter_context(_interruptible())
         return supervisor.run(
@@ -169,26 +183,35 @@ def _hosts(options: Options) -> dict[str, tuple[int, str]]:
     return found
 
 
-def _run(command: Sequence[str], processes: int) -> tuple[Path, tuple[int, ...] | None]:
-    """The run's folder, and the numbers of processes that its mesh allows.
+def _run(command: Sequence[str], processes: int) -> tuple[Path, Sizes | None, Words]:
+    """What a number of processes means for the run.
 
-    Of commands other than `scripts/train.py` nothing is known.
+    Returns:
+        The run's folder, the numbers of processes that its mesh allows, and what the
+        command has besides for such a number. Of commands other than
+        `scripts/train.py` nothing is known.
     """
     script = next((i for i, w in enumerate(command) if w.endswith("train.py")), None)
     if script is None:
-        return Path("runs/supervised"), None
+        return Path("runs/supervised"), None, lambda count: ()
     from jaxlab import config
 
     run = config.parse(list(command[script + 1 :]), "scripts/train.py")
-    sizes = []
+    full = config.resolve_mesh(run.mesh, processes)
+    config.check_rows(run, full)
+    meshes = {}
     for count in range(1, processes + 1):
         with contextlib.suppress(ConfigError):
-            config.check_rows(run, config.resolve_mesh(run.mesh, count))
-            sizes.append(count)
-    if processes not in sizes:
-        mesh = config.resolve_mesh(run.mesh, processes)
-        config.check_rows(run, mesh)
-    return Path(run.out), tuple(sizes)
+            mesh = config.resolve_mesh(run.mesh, count)
+            config.check_rows(run, mesh)
+            meshes[count] = mesh
+
+    def words(count: int) -> list[str]:
+        if count not in meshes:
+            return []
+        return config.same_batch(run, full, meshes[count])
+
+    return Path(run.out), tuple(meshes), words
 
 
 def _keys(folder: Path, options: Options):
@@ -199,9 +222,14 @@ def _keys(folder: Path, options: Options):
     if path.exists():
         return channel.read_keys(path)
     port = options.port
-    if not port:
-        with socket.create_server((options.address, 0)) as server:
+    try:
+        with socket.create_server((options.address, port)) as server:
             port = server.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen at {options.address}:{port}: {error}; is --address one of "
+            "this machine's?"
+        ) from error
     keys = channel.new_keys(f"tcp://{options.address}:{port}")
     channel.write_keys(path, keys)
     channel.write_keys(folder / "agent.key", keys._replace(master_secret=""))

@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import os
 
+import hypothesis
 import jax
 import pytest
 
@@ -12,6 +13,9 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("jaxlab", deadline=None)
+hypothesis.settings.load_profile("jaxlab")
 # A bias that broadcasts by accident is a defect, not a convenience.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

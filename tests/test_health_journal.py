@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import time
 
 import hypothesis.strategies as st
 import numpy as np
@@ -18,6 +19,7 @@ from jaxlab.health.steer import Job, Slot
 from jaxlab.metrics import open_writer, read_jsonl
 
 NOW = 500.0
+CLOCK = time.strftime("%H:%M:%S", time.localtime(1000.0))
 
 
 def window(number, step, local=None, wait=None):
@@ -87,7 +89,7 @@ def test_an_event_is_a_line_a_text_and_said(made, tmp_path, said):
     assert rows[0] == quiet
     assert rows[1]["kind"] == "comm_slow" and rows[1]["links"] == [[1, 2]]
     line = "COMM_SLOW row of ranks 1, 2, link 1->2 (75%): why"
-    assert rows[1]["text"] == line and said == [f"[diagnosis] {line}"]
+    assert rows[1]["text"] == line and said == [f"{CLOCK} [diagnosis] {line}"]
     found = reader(tmp_path)
     assert found.Tags()["tensors"] == ["health/diagnosis"]
     (text,) = found.Tensors("health/diagnosis")
@@ -167,16 +169,22 @@ def test_the_status_is_what_a_terminal_shows(made, tmp_path):
         "progress": 1.0,
         "pid": None,
     }
+    made.event("diagnosis", 11, "FROZEN rank 1")
+    made.window(window([3], [0.2]), goodput, NOW)
+    made.status(job, board(2, Phase.CHECKPOINT), pids, goodput, "FROZEN rank 1", NOW)
+    status = json.loads((tmp_path / "status.json").read_text())
     text = table(status, 1003.0)
     assert text.splitlines()[0] == (
         "suspicious, generation 4, step 11, goodput 50.0%, 3 s ago"
     )
     for part in ("checkpoint", "spares c:1", "evicted d:0", "detection 1.5 s"):
         assert part in text
-    assert text.splitlines()[-1] == "last: FROZEN rank 1"
+    assert text.splitlines()[-1] == f"  {CLOCK} [diagnosis] FROZEN rank 1"
+    assert text.splitlines()[2].split()[:4] == ["0", "a:0", "70", "checkpoint"]
+    assert "ms" in text.splitlines()[3]
     made.status(Job(slots), board(2), pids, goodput, "", NOW)
     text = table(json.loads((tmp_path / "status.json").read_text()), 1000.0)
-    assert text.startswith("running") and "last:" not in text
+    assert text.startswith("running")
     assert "spares none" in text and "evicted none" in text
 
 

@@ -1,32 +1,35 @@
 """The errors of scripts/supervise.py: one line each, and nothing left running."""
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jaxlab.cli import run_main
+
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts/supervise.py"
 RUN = ["python", "scripts/train.py", "configs/gpt_tiny.py"]
 
 
 @pytest.fixture
-def supervise(tmp_path):
-    """Calls the script in an empty folder: exit code, output, and the error line."""
+def supervise(tmp_path, monkeypatch, capsys):
+    """Calls the script in an empty folder: exit code, output, and the error lines."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    place = importlib.util.spec_from_file_location("script", SCRIPT)
+    assert place and place.loader
+    script = importlib.util.module_from_spec(place)
+    place.loader.exec_module(script)
 
     def call(*words):
-        run = subprocess.run(
-            [sys.executable, str(ROOT / "scripts/supervise.py"), *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        return run.returncode, run.stdout, run.stderr.splitlines()
+        with pytest.raises(SystemExit) as end:
+            run_main(script.main, words)
+        output, errors = capsys.readouterr()
+        return end.value.code or 0, output, errors.splitlines()
 
     return call
 
@@ -70,10 +73,12 @@ def test_a_status_that_is_none_is_one_line(supervise, tmp_path, text):
     assert "status.json" in errors[0]
 
 
-def test_help_names_every_option(supervise):
-    code, output, _ = supervise("--help")
-    names = "local hosts nproc launch health address port sizes least gather hook"
-    assert code == 0
+def test_help_names_every_option():
+    command = [sys.executable, str(SCRIPT), "--help"]
+    output = subprocess.check_output(command, text=True, timeout=120, cwd=ROOT)
+    names = (
+        "local hosts nproc launch health address port sizes least gather hook metrics"
+    )
     assert all(f"--{name}" in output for name in names.split())
 
 

@@ -5,7 +5,9 @@ what belongs to it. `status.json` is replaced about once a second and is what
 `scripts/supervise.py status` shows.
 """
 
+import collections
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,11 @@ import numpy as np
 from jaxlab.files import write_text
 from jaxlab.health.detect import Board, Phase, Window
 from jaxlab.health.steer import Job
+
+TIMES = ("local", "wait")
+"""of a rank's step, in `Window` and in the status"""
+RECENT = 6
+"""events that the status shows"""
 
 
 @runtime_checkable
@@ -86,32 +93,47 @@ class Journal:
         write: Writer | None,
         say: Callable[[str], Any],
         wall: Callable[[], float] = time.time,
+        tell: Callable[[Mapping[str, Any]], Any] = lambda event: None,
     ) -> None:
-        """`write` takes curves, `say` lines for people; `wall`: seconds since 1970."""
+        """Opens the files; what is there stays.
+
+        Args:
+            folder: of the files; made if it is not there.
+            write: takes curves.
+            say: takes lines for people.
+            wall: seconds since 1970.
+            tell: takes each event.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._events: TextIO = open(folder / "events.jsonl", "a", encoding="utf-8")
-        self._status, self._write, self._say, self._wall = (
-            folder / "status.json",
-            write,
-            say,
-            wall,
-        )
+        self._status = folder / "status.json"
+        self._write, self._say, self._wall, self._tell = write, say, wall, tell
+        self._recent: collections.deque[str] = collections.deque(maxlen=RECENT)
+        self._times: list[dict[str, float]] = []
 
     def event(self, event: str, step: int = 0, text: str = "", **rest: Any) -> None:
         """Writes an event; with a text, shows it to people as well."""
         row = {"time": self._wall(), "event": event, "step": step, "text": text, **rest}
         self._events.write(json.dumps(row) + "\n")
         self._events.flush()
+        self._tell(row)
         if text:
-            self._say(f"[{event}] {text}")
+            clock = time.strftime("%H:%M:%S", time.localtime(row["time"]))
+            self._recent.append(f"{clock} [{event}] {text}")
+            self._say(self._recent[-1])
             if self._write:
                 self._write.text(step, f"health/{event}", text)
 
     def window(self, window: Window, goodput: Goodput, now: float) -> None:
         """Curves of some steps: means over them."""
-        if self._write is None or window.number is None or not len(window.number):
+        if window.number is None or not len(window.number):
             return
         n = window.local.shape[1]
+        self._times = [
+            {name: _mean(getattr(window, name), r) for name in TIMES} for r in range(n)
+        ]
+        if self._write is None:
+            return
         values = {
             "health/step_time": float(window.step.mean()),
             "health/pure_comm": float(window.pure_comm.mean()),
@@ -153,6 +175,9 @@ class Journal:
             }
             for rank, slot in enumerate(job.members)
         ]
+        if len(self._times) == len(ranks):
+            for row, times in zip(ranks, self._times, strict=True):
+                row |= {k: x for k, x in times.items() if math.isfinite(x)}
         rows = {
             "time": self._wall(),
             "state": "suspicious" if job.suspicion else "running",
@@ -164,6 +189,7 @@ class Journal:
             "spares": [*map(str, job.spares)],
             "evicted": [str(slot) for slot, _ in job.evicted],
             "last": last,
+            "recent": [*self._recent],
         }
         write_text(self._status, json.dumps(rows))
 
@@ -205,18 +231,24 @@ def table(status: Mapping[str, Any], now: float) -> str:
         f"{status['state']}, generation {status['generation']}, step {status['step']}, "
         f"goodput {status['goodput']:.1%}, {age:.0f} s ago"
     )
-    lines = [head, f"{'rank':>4}  {'slot':16} {'phase':11} {'step':>8}  last progress"]
+    lines = [
+        head,
+        f"{'rank':>4}  {'slot':16} {'pid':>8} {'phase':11} {'step':>8} "
+        f"{'own work':>9} {'waits':>9}  last progress",
+    ]
     for row in status["ranks"]:
         phase = Phase(row["phase"]).name.lower()
+        own, waits = (
+            f"{1e3 * row[name]:.3g} ms" if name in row else "" for name in TIMES
+        )
         lines.append(
-            f"{row['rank']:>4}  {row['slot']:16} {phase:11} {row['step']:>8}  "
-            f"{row['progress']:.1f} s ago"
+            f"{row['rank']:>4}  {row['slot']:16} {row['pid'] or '':>8} {phase:11} "
+            f"{row['step']:>8} {own:>9} {waits:>9}  {row['progress']:.1f} s ago"
         )
     spare: Sequence[str] = status["spares"]
     lines.append(f"spares {', '.join(spare) or 'none'}")
     lines.append(f"evicted {', '.join(status['evicted']) or 'none'}")
     down = ", ".join(f"{k} {v:.1f} s" for k, v in status["downtime"].items())
     lines.append(f"downtime: {down}")
-    if status["last"]:
-        lines.append(f"last: {status['last']}")
+    lines += [f"  {line}" for line in status["recent"]]
     return "\n".join(lines)

@@ -179,18 +179,31 @@ class Roster:
         self.logs = {rank: [] for rank in range(len(members))}
 
     def start(
-        self, generation: int, members: Sequence[Slot], command: Sequence[str]
+        self,
+        generation: int,
+        members: Sequence[Slot],
+        command: Sequence[str],
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts a process on each of the slots, which then have their ranks."""
+        """Starts a process on each of the slots, which then have their ranks.
+
+        Args:
+            generation: its number.
+            members: by rank.
+            command: of each process.
+            variables: of their environment, besides those of the job.
+        """
         self._begin(generation, members)
         first, n = self.agents[members[0].host], len(members)
         # A single process needs no coordinator.
         meet = {"address": f"{first.address}:{first.port}", "processes": n}
-        env = {
-            "JAX_COORDINATOR_ADDRESS": meet["address"],
-            "JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.1:0",
-            "JAX_NUM_PROCESSES": str(n),
-        }
+        env = dict(variables or {})
+        if n > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": meet["address"],
+                "JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.1:0",
+                "JAX_NUM_PROCESSES": str(n),
+            }
         for host, agent in self._present():
             orders = [
                 {"rank": rank, "env": {"JAX_PROCESS_ID": str(rank)} if n > 1 else {}}
@@ -201,7 +214,7 @@ class Roster:
                 "generation": generation,
                 "command": list(command),
                 "folder": str(Path.cwd()),
-                "env": env if n > 1 else {},
+                "env": env,
                 "workers": orders,
                 "coordinator": meet if n > 1 and agent is first else {},
             }

@@ -6,10 +6,8 @@ successor needs is in `job.json`: a supervisor that is killed and started again 
 the running workers over.
 """
 
-import contextlib
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +32,7 @@ from jaxlab.health.detect import (
 from jaxlab.health.journal import Downtime, Goodput, Journal
 from jaxlab.health.roster import HEARD, Roster
 from jaxlab.health.steer import Action, Job, Slot, SteerConfig
+from jaxlab.health.worker import SMALLER
 
 CURVES = 5.0
 """seconds of steps that make one point of the curves"""
@@ -41,6 +40,8 @@ AHEAD = 2.0
 """seconds until the step from which ranks look, so that all are told in time"""
 TAKEOVER = 5.0
 """seconds in which agents that are there find a new supervisor"""
+FEWER = 2
+"""how many sizes below its own a job compiles for ahead"""
 ANSWER = 60.0
 """seconds for the answer to a request"""
 
@@ -65,7 +66,7 @@ class Supervisor:
         *,
         steering: SteerConfig | None = None,
         detecting: DetectConfig | None = None,
-        hook: Sequence[str] = (),
+        words: Callable[[int], Sequence[str]] = lambda processes: (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Describes the job; nothing starts before `run`.
@@ -77,15 +78,14 @@ class Supervisor:
             journal: takes events.
             steering: what to do about diagnoses.
             detecting: limits of the detectors.
-            hook: a command that is started for every diagnosis that is acted on, with
-                the action as JSON in its standard input.
+            words: what the command has besides, for a number of processes.
             clock: seconds.
         """
         self._command, self._roster, self._journal = list(command), roster, journal
         self._saved = folder / "job.json"
         self._steering = steering or SteerConfig()
         self._detecting = detecting or DetectConfig()
-        self._hook, self._clock = list(hook), clock
+        self._words, self._clock = words, clock
         self._job = Job(())
         self._number = int(time.time())  # of requests, above an earlier supervisor's
         self._waiting, self._patience = math.inf, 60.0
@@ -161,11 +161,21 @@ class Supervisor:
         """Starts a generation on the job's members."""
         members, number = self._job.members, self._job.generation
         self._fresh()
-        self._roster.start(number, members, self._command)
+        words = list(self._words(len(members)))
+        variables = {SMALLER: json.dumps(self._smaller())}
+        self._roster.start(number, members, [*self._command, *words], variables)
         write_text(self._saved, json.dumps(steer.to_json(self._job)))
-        where = ", ".join(map(str, members))
-        text = f"generation {number}: {len(members)} processes on {where}"
+        n, where = len(members), ", ".join(map(str, members))
+        text = f"generation {number}: {n} process{'es' * (n > 1)} on {where}"
+        text += f", with {' '.join(words)}" * bool(words)
         self._journal.event("start", self._goodput.step, text)
+
+    def _smaller(self) -> dict[int, list[str]]:
+        """The next sizes that evictions would leave, with what is added for them."""
+        n = len(self._job.members)
+        allowed = self._steering.sizes or range(1, n)
+        sizes = sorted(m for m in allowed if max(self._steering.least, 1) <= m < n)
+        return {m: list(self._words(m)) for m in sizes[-FEWER:]}
 
     # --------------------------------------------------------------- one round
 
@@ -287,7 +297,6 @@ class Supervisor:
                 return self._act(self._probe_hosts(diagnosis), board, now)
             self._ask(action.kind, now)
             return None
-        self._tell_hook(action)
         if action.kind == "give_up":
             self._journal.event("give_up", self._goodput.step, action.reason)
             return 1
@@ -405,13 +414,3 @@ class Supervisor:
     def _status(self, board: Board, now: float) -> None:
         pids = {rank: row.get("pid") for rank, row in self._roster.rows.items()}
         self._journal.status(self._job, board, pids, self._goodput, self._last, now)
-
-    def _tell_hook(self, action: Action) -> None:
-        if not self._hook:
-            return
-        body = {"action": action.kind, "reason": action.reason}
-        body |= {"step": str(self._goodput.step)}
-        with contextlib.suppress(OSError):
-            process = subprocess.Popen(self._hook, stdin=subprocess.PIPE)
-            with contextlib.suppress(BrokenPipeError):
-                process.communicate(json.dumps(body).encode(), timeout=10)

@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 from jaxlab.health.agent import BOARD, LOOKED, REQUEST
 from jaxlab.health.detect import Phase
 
+SMALLER = "JAXLAB_HEALTH_SMALLER"
+"""the variable that has `Monitor.smaller`, as JSON"""
 PAUSES = {"checkpoint": Phase.CHECKPOINT, "evaluation": Phase.EVALUATION}
 """Names of pauses that have a limit of their own."""
 
@@ -38,6 +41,13 @@ class Monitor:
         """The step, watched; its last result must not be donated."""
         return step_fn
 
+    def smaller(self) -> dict[int, list[str]]:
+        """Numbers of processes that the job may go on with after a fault.
+
+        Each with what its command line would have besides.
+        """
+        return {}
+
 
 class _Supervised(Monitor):
     def __init__(self, recorder: Any, folder: Path) -> None:
@@ -55,6 +65,10 @@ class _Supervised(Monitor):
 
         looks = Looks(self._folder / REQUEST, self._folder / LOOKED, self._recorder)
         return looks.wrap(watch(step_fn, self._recorder))
+
+    def smaller(self) -> dict[int, list[str]]:
+        found = json.loads(os.environ.get(SMALLER) or "{}")
+        return {int(count): list(words) for count, words in found.items()}
 
 
 @contextlib.contextmanager
