@@ -2,6 +2,7 @@
 
 python scripts/supervise.py --local 4 -- python scripts/train.py configs/gpt_tiny.py
 python scripts/supervise.py --hosts hosts.txt --nproc 4 -- python scripts/train.py ...
+python scripts/supervise.py --ray 2 --nproc 4 -- python scripts/train.py ...
 python scripts/supervise.py status runs/gpt_tiny/health    # what it knows right now
 python scripts/supervise.py agent --keys FILE --host NAME  # on a host, by a launcher
 """
@@ -34,6 +35,12 @@ class Options:
     """processes on this machine"""
     hosts: str | None = None
     """file of hosts, one a line: name, and its address if that is another"""
+    ray: int | None = None
+    """hosts to ask a Ray cluster for; needs the extra cluster"""
+    ray_address: str = "auto"
+    """the cluster: auto: that of this machine; local: a new one, here"""
+    ray_gpus: float = 0.0
+    """GPUs for each process on Ray"""
     nproc: int = 1
     """processes on each of the hosts"""
     launch: str = "ssh {host}"
@@ -132,8 +139,13 @@ def _supervise(options: Options, command: list[str]) -> int:
 
     if not command:
         raise ConfigError("give the command of a worker after --")
-    if (options.local is None) == (options.hosts is None):
-        raise ConfigError("give either --local N or --hosts FILE")
+    given = [x for x in (options.local, options.hosts, options.ray) if x is not None]
+    if len(given) != 1:
+        raise ConfigError("give one of --local N, --hosts FILE and --ray N")
+    counts = {"local": options.local, "ray": options.ray, "nproc": options.nproc}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"--{name} is {count}, and must be at least 1")
     hosts = _hosts(options)
     processes = sum(count for count, _ in hosts.values())
     out, sizes, words = _run(command, processes)
@@ -151,7 +163,19 @@ def _supervise(options: Options, command: list[str]) -> int:
             at = stack.enter_context(prometheus.serve(folder, options.metrics))
             say(f"metrics at http://{at[0]}:{at[1]}/metrics")
         master = stack.enter_context(channel.listen(keys))
-        start_agent = stack.enter_context(_agents(hosts, folder, options))
+        if options.ray is None:
+            agents = _agents(hosts, folder, options)
+        else:
+            from jaxlab.health import on_ray
+
+            agents = on_ray.agents(
+                channel.read_keys(folder / "agent.key"),
+                {name: count for name, (count, _) in hosts.items()},
+                folder.resolve(),
+                address=options.ray_address,
+                gpus=options.ray_gpus,
+            )
+        start_agent = stack.enter_context(agents)
         show = partial(print, end="", flush=True)
         roster = Roster(master, journal, start_agent=start_agent, show=show)
         supervisor = Supervisor(
@@ -172,6 +196,8 @@ def _hosts(options: Options) -> dict[str, tuple[int, str]]:
     """Name of each host to its number of processes and its address."""
     if options.local is not None:
         return {"local": (options.local, "127.0.0.1")}
+    if options.ray is not None:
+        return {f"ray{i}": (options.nproc, "") for i in range(options.ray)}
     path = Path(options.hosts or "")
     try:
         lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]

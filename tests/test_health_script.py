@@ -39,8 +39,13 @@ def supervise(tmp_path, monkeypatch, capsys):
     [
         (["--local", "2"], 2, "give the command of a worker after --"),
         (["--local", "2", "--"], 2, "give the command of a worker after --"),
-        (["--", "true"], 2, "give either --local N or --hosts FILE"),
-        (["--local", "2", "--hosts", "h", "--", "true"], 2, "give either --local N or"),
+        (["--", "true"], 2, "give one of --local N, --hosts FILE and"),
+        (
+            ["--local", "2", "--hosts", "h", "--", "true"],
+            2,
+            "give one of --local N, --hosts",
+        ),
+        (["--local", "0", "--", "true"], 2, "--local is 0, and must be at least 1"),
         (["--hosts", "none.txt", "--", "true"], 1, "cannot read none.txt: No such"),
         (["--hosts", ".", "--", "true"], 1, "cannot read .: Is a directory"),
         (["--hosts", "empty.txt", "--", "true"], 1, "empty.txt names no host"),
@@ -76,9 +81,7 @@ def test_a_status_that_is_none_is_one_line(supervise, tmp_path, text):
 def test_help_names_every_option():
     command = [sys.executable, str(SCRIPT), "--help"]
     output = subprocess.check_output(command, text=True, timeout=120, cwd=ROOT)
-    names = (
-        "local hosts nproc launch health address port sizes least gather hook metrics"
-    )
+    names = "local hosts ray nproc launch health address port sizes least gather hook"
     assert all(f"--{name}" in output for name in names.split())
 
 

@@ -19,7 +19,7 @@ STANDALONE = ("optim", "overlap", "health")
 # Besides jax, optax, numpy and the standard library: nothing of these imports more.
 LEAVES = ("jaxlab.errors", "jaxlab._compat", "jaxlab.files")
 # What a part needs of its own. Prometheus is an extra, imported where it is used.
-OWN = {"health": ("zmq", "prometheus_client")}
+OWN = {"health": ("zmq", "prometheus_client", "ray")}
 # Slow to import, or absent where nobody needs them: imported where they are used.
 HEAVY = (
     "grain",

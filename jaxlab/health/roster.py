@@ -206,7 +206,7 @@ class Roster:
             }
         for host, agent in self._present():
             orders = [
-                {"rank": rank, "env": {"JAX_PROCESS_ID": str(rank)} if n > 1 else {}}
+                {"rank": rank, "env": _place(rank, slot, n, agent.slots)}
                 for rank, slot in enumerate(members)
                 if slot.host == host
             ]
@@ -266,3 +266,12 @@ class Roster:
         table = np.array([self._delays.get(h, nobody) for h in hosts])
         place = [hosts.index(slot.host) for slot in self._members if slot.host in hosts]
         return table[np.ix_(place, place)]
+
+
+def _place(rank: int, slot: Slot, n: int, slots: int) -> dict[str, str]:
+    """What the environment says of one process: its rank, and which GPU is its own."""
+    rows = {"JAX_PROCESS_ID": str(rank)} if n > 1 else {}
+    if slots > 1:
+        one = str(slot.index)
+        rows |= {"JAX_LOCAL_DEVICE_IDS": one, "JAX_CUDA_VISIBLE_DEVICES": one}
+    return rows
