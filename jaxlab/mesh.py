@@ -102,6 +102,8 @@ def start_processes(config: Distributed, shape: MeshShape) -> None:
 
 def several_processes() -> bool:
     """Whether the environment shows a job of more than one process."""
+    if os.environ.get("JAX_NUM_PROCESSES") == "1":
+        return False  # the last one of a supervised job, whatever its launcher says
     counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     several = any(int(os.environ.get(name) or 1) > 1 for name in counts)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import ConfigError, UserError
@@ -244,10 +245,14 @@ def _keys(folder: Path, options: Options):
     """The job's keys: those of an earlier supervisor, whose agents may be there."""
     from jaxlab.health import channel
 
-    path = folder / "master.key"
-    if path.exists():
-        return channel.read_keys(path)
-    port = options.port
+    path, port = folder / "master.key", options.port
+    before = channel.read_keys(path) if path.exists() else None
+    if before is not None:
+        port = port or int(before.address.rpartition(":")[2])
+        keys = before._replace(address=f"tcp://{options.address}:{port}")
+        if keys != before:  # this machine has another address than that one had
+            _write_keys(folder, keys)
+        return keys
     try:
         with socket.create_server((options.address, port)) as server:
             port = server.getsockname()[1]
@@ -257,9 +262,15 @@ def _keys(folder: Path, options: Options):
             "this machine's?"
         ) from error
     keys = channel.new_keys(f"tcp://{options.address}:{port}")
-    channel.write_keys(path, keys)
-    channel.write_keys(folder / "agent.key", keys._replace(master_secret=""))
+    _write_keys(folder, keys)
     return keys
+
+
+def _write_keys(folder: Path, keys: Any) -> None:
+    from jaxlab.health import channel
+
+    channel.write_keys(folder / "master.key", keys)
+    channel.write_keys(folder / "agent.key", keys._replace(master_secret=""))
 
 
 @contextlib.contextmanager

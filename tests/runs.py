@@ -103,5 +103,5 @@ def launch_pair(run: config.Run) -> list[subprocess.Popen]:
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a started program."""
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err

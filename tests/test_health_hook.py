@@ -25,7 +25,7 @@ def python(code, *words):
 
 def test_a_command_gets_each_event_on_its_input(tmp_path):
     code = "import sys; open(sys.argv[1], 'a').write(sys.stdin.read() + '\\n')"
-    with hook(python(code, tmp_path / "told $HOME"), print, 60) as tell:
+    with hook(python(code, tmp_path / "told $HOME"), print, 60.0) as tell:
         for event in EVENTS:
             tell(event)
     lines = (tmp_path / "told $HOME").read_text().splitlines()  # no shell saw it

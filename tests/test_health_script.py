@@ -23,6 +23,7 @@ def supervise(tmp_path, monkeypatch, capsys):
     place = importlib.util.spec_from_file_location("script", SCRIPT)
     assert place and place.loader
     script = importlib.util.module_from_spec(place)
+    monkeypatch.setitem(sys.modules, "script", script)
     place.loader.exec_module(script)
 
     def call(*words):

@@ -7,6 +7,7 @@ and its limits are as ever, and Ray retries nothing.
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,7 @@ def agents(
     if address == "local":
         alone = {"include_dashboard": False, "num_cpus": sum(hosts.values())}
     try:
+        _reach(address)
         ray.init(
             address,
             log_to_driver=False,
@@ -65,7 +67,7 @@ def agents(
             runtime_env={"env_vars": variables},
             **alone,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"there is no Ray cluster at {address} ({_first(error)}); start one by "
             "`ray start --head`, or use --ray-address local"
@@ -110,6 +112,13 @@ def _serve(
     run_agent(
         Keys(**keys), host, slots, Path(folder), address=address, patience=patience
     )
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _first(error: Exception) -> str:

@@ -197,13 +197,10 @@ class Roster:
         first, n = self.agents[members[0].host], len(members)
         # A single process needs no coordinator.
         meet = {"address": f"{first.address}:{first.port}", "processes": n}
-        env = dict(variables or {})
+        env = {**(variables or {}), "JAX_NUM_PROCESSES": str(n)}
         if n > 1:
-            env |= {
-                "JAX_COORDINATOR_ADDRESS": meet["address"],
-                "JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.1:0",
-                "JAX_NUM_PROCESSES": str(n),
-            }
+            env["JAX_COORDINATOR_ADDRESS"] = meet["address"]
+            env["JAX_COORDINATOR_BIND_ADDRESS"] = "127.0.0.1:0"
         for host, agent in self._present():
             orders = [
                 {"rank": rank, "env": _place(rank, slot, n, agent.slots)}

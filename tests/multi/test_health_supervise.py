@@ -36,7 +36,9 @@ class Job:
         self.folder, self.health = folder, folder / "health"
         worker = command or [sys.executable, str(WORKER), str(folder), str(steps)]
         script = [sys.executable, str(ROOT / "scripts/supervise.py")]
-        where = ["--local", str(processes), "--health", str(self.health)]
+        where = ["--health", str(self.health)]
+        if "--hosts" not in options:
+            where += ["--local", str(processes)]
         self.command = [*script, *where, *options, "--", *worker]
         self.start()
 
@@ -148,6 +150,27 @@ def test_kill_stop_and_stuck_are_named_and_survived(job):
     assert gone(fourth)
 
 
+def test_two_faults_at_once_on_two_hosts(job, tmp_path):
+    (tmp_path / "hosts.txt").write_text("a 127.0.0.1\nb 127.0.0.1  # here as well\n")
+    # Any prefix starts an agent; `env` does it on this machine.
+    launch = ["--hosts", str(tmp_path / "hosts.txt"), "--launch", "env HOST={host}"]
+    told = tmp_path / "told"
+    hook = f'{sys.executable} -c \'import sys; open(sys.argv[1], "a").write('
+    hook += f"sys.stdin.read() + chr(10))' {told}"
+    made = job(*launch, "--nproc", "2", "--sizes", "2", "4", "--hook", hook)
+    first = made.steps(0)
+    assert [row["slot"] for row in made.status()["ranks"]] == "a:0 a:1 b:0 b:1".split()
+    os.kill(first[1], signal.SIGSTOP)
+    os.kill(first[2], signal.SIGKILL)
+    made.steps(1)
+    assert gone(first)
+    found = made.events("diagnosis")[0]
+    assert (found["kind"], found["ranks"]) == ("crash", [2])  # explains the most
+    assert made.stop() == 130
+    kinds = [json.loads(line)["event"] for line in told.read_text().splitlines()]
+    assert kinds[:2] == ["diagnosis", "restart"]
+
+
 def test_without_a_supervisor_a_stuck_rank_hangs_the_job_for_ever(tmp_path):
     """JAX issue 38503: heartbeats go on, so nobody ends it."""
     heartbeat = 2
@@ -206,6 +229,10 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
         if folder.name.isdigit() and int(folder.name) > int(step):
             shutil.rmtree(folder)
     command[command.index(str(run))] = str(again)
+    # The same batch of 4 rows, with as many at once as each of two processes had.
+    words = made.events("start")[1]["text"].partition(", with ")[2].split()
+    assert words == ["--accumulate", "2", "--evaluate.batches", "32"]
+    command += words
     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
     ours, theirs = (program.load(folder) for folder in (run, again))
     assert ours.step == theirs.step == 600
