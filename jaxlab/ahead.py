@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,13 +69,15 @@ def _run(
         if jax.process_index() >= count:
             continue
         try:
-            smaller = on_fewer(made.run, count, sizes[count])
+            for compile_one in programs(on_fewer(made.run, count, sizes[count]), like):
+                if over.is_set():
+                    return
+                compile_one()
         except ConfigError:
             continue  # its devices are not those that are here
-        for compile_one in programs(smaller, like):
-            if over.is_set():
-                return
-            compile_one()
+        except Exception as error:  # a restart will be slower: no reason to stop
+            warnings.warn(f"nothing is compiled ahead: {error}", stacklevel=1)
+            return
 
 
 def on_fewer(run: config.Run, count: int, words: Sequence[str] = ()) -> program.Program:

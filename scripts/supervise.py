@@ -58,6 +58,8 @@ class Options:
     """processes below which to give up"""
     gather: float = 60.0
     """seconds to wait for the agents"""
+    patience: float = 30.0
+    """seconds without a supervisor before an agent kills its workers"""
     hook: str = ""
     """what to tell of diagnoses, restarts and the end, as JSON: a command, on its
     standard input, or http://..., by POST"""
@@ -175,6 +177,7 @@ def _supervise(options: Options, command: list[str]) -> int:
                 folder.resolve(),
                 address=options.ray_address,
                 gpus=options.ray_gpus,
+                patience=options.patience,
             )
         start_agent = stack.enter_context(agents)
         show = partial(print, end="", flush=True)
@@ -286,6 +289,7 @@ def _agents(
         words = ["agent", "--keys", str((folder / "agent.key").resolve())]
         words += ["--host", name, "--slots", str(count), "--address", address]
         words += ["--folder", str(folder.resolve())]
+        words += ["--patience", str(options.patience)]
         if options.local is not None:
             command = [sys.executable, script, *words]
         elif options.launch:

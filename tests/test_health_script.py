@@ -82,7 +82,8 @@ def test_a_status_that_is_none_is_one_line(supervise, tmp_path, text):
 def test_help_names_every_option():
     command = [sys.executable, str(SCRIPT), "--help"]
     output = subprocess.check_output(command, text=True, timeout=120, cwd=ROOT)
-    names = "local hosts ray nproc launch health address port sizes least gather hook"
+    names = "local hosts ray nproc launch health address port sizes least gather"
+    names += " patience hook metrics"
     assert all(f"--{name}" in output for name in names.split())
 
 

@@ -255,6 +255,14 @@ def test_a_supervisor_that_is_killed_is_succeeded(job):
     made.steps(1)
 
 
+def test_a_supervisor_that_is_killed_for_good_leaves_no_orphans(job):
+    made = job("--patience", "5")
+    workers = made.steps(0)
+    agent = parent(workers[0])
+    made.process.kill()
+    assert gone([*workers, agent])
+
+
 def test_an_agent_that_is_killed_leaves_no_orphans_and_is_replaced(job):
     made = job()
     workers = made.steps(0)
