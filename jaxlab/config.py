@@ -475,34 +475,6 @@ def check_rows(run: Run, mesh: MeshShape) -> None:
     _check_multiple(rows, "batch / accumulate", shards, "mesh.replica x data x fsdp")
 
 
-def same_batch(run: Run, before: MeshShape, now: MeshShape) -> list[str]:
-    """Options with which a smaller mesh does the same batch in the same memory.
-
-    The batch is over all devices, so with fewer of them each has more rows. As many
-    micro-batches as it takes keep them at what they were.
-
-    Args:
-        run: as it was on the first mesh.
-        before: the resolved mesh that it was made for.
-        now: the resolved mesh that is left; see `check_rows`.
-
-    Returns:
-        words of a command line; none where nothing has to change.
-    """
-    first, shards = (m.replica * m.data * m.fsdp for m in (before, now))
-    rows = run.batch // run.accumulate // first
-    for accumulate in range(run.accumulate, run.batch + 1, run.accumulate):
-        left = run.batch // accumulate
-        if run.batch % accumulate or left % shards or left // shards > rows:
-            continue
-        if accumulate == run.accumulate:
-            return []
-        words = ["--accumulate", str(accumulate)]
-        batches = run.evaluate.batches * (accumulate // run.accumulate)
-        return words + ["--evaluate.batches", str(batches)] * bool(batches)
-    return []
-
-
 def _check_multiple(value: int | None, name: str, size: int, axis: str) -> None:
     if value is None or value % size:
         raise ConfigError(f"{name} {value} is not a multiple of {axis} {size}")

@@ -224,22 +224,15 @@ def _run(command: Sequence[str], processes: int) -> tuple[Path, Sizes | None, Wo
     script = next((i for i, w in enumerate(command) if w.endswith("train.py")), None)
     if script is None:
         return Path("runs/supervised"), None, lambda count: ()
-    from jaxlab import config
+    from jaxlab import config, fewer
 
     run = config.parse(list(command[script + 1 :]), "scripts/train.py")
-    full = config.resolve_mesh(run.mesh, processes)
-    config.check_rows(run, full)
-    meshes = {}
-    for count in range(1, processes + 1):
-        with contextlib.suppress(ConfigError):
-            mesh = config.resolve_mesh(run.mesh, count)
-            config.check_rows(run, mesh)
-            meshes[count] = mesh
+    meshes = fewer.meshes(run, processes)
 
     def words(count: int) -> list[str]:
         if count not in meshes:
             return []
-        return config.same_batch(run, full, meshes[count])
+        return fewer.same_batch(run, meshes[processes], meshes[count])
 
     return Path(run.out), tuple(meshes), words
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxlab.config import Checkpoint, Evaluate, MeshShape, check_rows, same_batch
+from jaxlab.config import Checkpoint, Evaluate, MeshShape, Run, check_rows
 from jaxlab.errors import ConfigError
+from jaxlab.fewer import meshes, same_batch
 from tests.runs import finish, launch, tiny
 
 
@@ -65,14 +66,25 @@ def test_one_process_compiles_nothing_that_two_have_compiled_for_it(
 def test_fewer_devices_do_the_same_batch_with_as_many_rows_at_once(
     tmp_path, shape, batch, accumulate, processes, left, words
 ):
-    from jaxlab.config import Run, resolve_mesh
-
     run = Run(batch=batch, accumulate=accumulate, mesh=MeshShape(**shape))
-    before, now = (resolve_mesh(run.mesh, n) for n in (processes, left))
-    found = same_batch(run, before, now)
+    allowed = meshes(run, processes)
+    now = allowed[left]
+    found = same_batch(run, allowed[processes], now)
     assert found == words.split()
     if found:
         changed = dataclasses.replace(run, accumulate=int(found[1]))
         check_rows(changed, now)
         with pytest.raises(ConfigError):
             check_rows(dataclasses.replace(run, accumulate=5), now)
+
+
+def test_numbers_of_processes_are_those_that_the_batch_divides_by():
+    assert sorted(meshes(Run(batch=16), 4)) == [1, 2, 4]
+    assert sorted(meshes(Run(batch=24), 4)) == [1, 2, 3, 4]
+    assert sorted(meshes(Run(batch=16, mesh=MeshShape(fsdp=2)), 4)) == [2, 4]
+    assert sorted(meshes(Run(mesh=MeshShape(data=4)), 4)) == [1, 2, 4]
+    assert sorted(meshes(Run(mesh=MeshShape(data=8)), 4)) == [1, 2, 4]
+    with pytest.raises(ConfigError, match="needs 2 devices, and there are 4"):
+        meshes(Run(mesh=MeshShape(data=2)), 4)
+    with pytest.raises(ConfigError, match="16 is not a multiple of"):
+        meshes(Run(batch=16), 3)

@@ -234,7 +234,7 @@ def table(status: Mapping[str, Any], now: float) -> str:
     lines = [
         head,
         f"{'rank':>4}  {'slot':16} {'pid':>8} {'phase':11} {'step':>8} "
-        f"{'own work':>9} {'waits':>9}  last progress",
+        f"{'arrives':>9} {'inside':>9}  last progress",
     ]
     for row in status["ranks"]:
         phase = Phase(row["phase"]).name.lower()

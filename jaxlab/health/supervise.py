@@ -321,10 +321,9 @@ class Supervisor:
                 self._journal.event("resigned", self._goodput.step, text)
                 return
         moved = float(board.progress.max())
-        gone = ", ".join(map(str, action.evict)) or "nobody"
-        self._journal.event(
-            action.kind, self._goodput.step, f"without {gone}: {action.reason}"
-        )
+        gone = ", ".join(map(str, action.evict))
+        how = f"without {gone}" if gone else "in the same places"
+        self._journal.event(action.kind, self._goodput.step, f"{how}: {action.reason}")
         self._roster.stop()
         self._fault = (max(suspected - moved, 0.0), suspected, self._clock())
         self._job = steer.restarted(self._job, action, now, self._goodput.step)
