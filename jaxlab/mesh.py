@@ -128,7 +128,7 @@ def use_cpu_devices(shape: MeshShape, processes: int = 1) -> None:
 def make_mesh(
     shape: MeshShape,
     delay: np.ndarray | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
     """The mesh over all devices of the job.
 

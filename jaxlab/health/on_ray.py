@@ -6,6 +6,7 @@ and its limits are as ever, and Ray retries nothing.
 """
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -63,7 +64,7 @@ def agents(
         ray.init(
             address,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": variables},
             **alone,
         )
