@@ -1,14 +1,14 @@
 """Which collectives the compilers for TPU and GPU hide behind products, without a chip.
 
-python benchmarks/overlap_schedule.py > schedule.json     # 20 minutes; extra peers
+python benchmarks/overlap_schedule.py > schedule.json     # 40 minutes; extra peers
 
 An MLP under shard_map, its rows and its hidden dimension cut over 8 devices: with an
 all-gather before and a reduce-scatter after (`plain`), with the rings of
 `jaxlab.overlap` (`ring`, and `both` ways round; after it the chunks, if not one), and
 with the ring of many tutorials, which has no barriers (`textbook`). `gradient` is that
 of all three arrays, where `saved` keeps the gathered input for it; products and sums
-are in bfloat16, or with `float32` in that. Each is compiled ahead of time by a process
-of its own; nothing is run. See docs/overlap.md.
+are in bfloat16, or with `float32` in that; `large` has twice both widths. Each is
+compiled ahead of time by a process of its own; nothing is run. See docs/overlap.md.
 """
 
 import dataclasses
@@ -34,6 +34,12 @@ CASES = [
         for f in FORMS
     ),
     *(
+        (t, f"{f}{g}-large", "recommended")
+        for t in TPUS
+        for g in ("", "-gradient")
+        for f in ("plain", "ring", "ring-2")
+    ),
+    *(
         (TPU, f"{f}-gradient", "recommended")
         for f in ("ring-2-saved", "plain-float32", "ring-float32", "ring-2-float32")
     ),
@@ -57,6 +63,9 @@ class Options:
     """width of the input"""
     hidden: int = 14336
     """width of the hidden layer"""
+    only: str = ""
+    """of the cases those alone whose target and form begin so: "tpu:v5e:2x4 ring-2"
+    """
 
 
 def compile_case(target: str, form: str, flags: str, sizes: list[int]) -> dict:
@@ -71,6 +80,8 @@ def compile_case(target: str, form: str, flags: str, sizes: list[int]) -> dict:
 
     rows, width, hidden = sizes
     form, *rest = form.split("-")
+    if "large" in rest:
+        width, hidden = 2 * width, 2 * hidden
     dtype = jnp.float32 if "float32" in rest else None
     mesh = overlap.target_mesh(target, {"t": 8})
 
@@ -162,6 +173,8 @@ def main(arguments: list[str]) -> None:
     options = parse_options(Options, arguments, "benchmarks/overlap_schedule.py")
     results = []
     for case in CASES:
+        if not " ".join(case).startswith(options.only):
+            continue
         results.append(run_case(*case, options))
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     report = {"sizes": dataclasses.asdict(options), "cases": results}

@@ -18,6 +18,7 @@ from jaxlab.overlap import (
     matmul_all_reduce,
     matmul_reduce_scatter,
 )
+from tests.overlap_programs import compiled
 
 
 def mesh_of(size):
@@ -71,7 +72,7 @@ def on_mesh(form, op, size, dim, ndim, **options):
         y = f(x, w)
         return jnp.sum(jnp.sin(y.astype(jnp.float32)) * target), y
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def arrays(shape, n, dtype=jnp.float32, seed=0):
@@ -209,7 +210,7 @@ def test_a_gathered_input_that_is_kept_is_not_sent_again(
     counts = []
     for save in (False, True):
         step = gathering((w, v), target, wrapper, save_gathered=save, **options)
-        got = jax.jit(step)(x, w, v)
+        got = compiled(step)(x, w, v)
         jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, want)
         counts.append(permutes(step, x, w, v))
     once = 6 if options.get("bidirectional") else 3
@@ -246,23 +247,28 @@ def test_bfloat16_derivatives_of_weights_are_summed_in_float32():
     assert errors[0] <= 1.5 * errors[1] + 1e-6
 
 
-def test_the_gathered_input_and_an_epilogue_with_a_bias_have_derivatives():
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_the_gathered_input_and_an_epilogue_with_a_bias_have_derivatives(both_ways):
     x, w, target = arrays((16, 8), 12)
     bias = jnp.linspace(-1, 1, 12)
 
     def run(op_gathers):
         def local(x, w, b):
+            def activate(p):  # traced for the rows of one block alone
+                return jnp.where(p > b[None], jnp.tanh(p + b[None]), jnp.sin(b)[None])
+
             if op_gathers:
                 y, gathered = all_gather_matmul(
                     x,
                     w,
                     "t",
-                    epilogue=lambda p: jnp.tanh(p + b[None]),
+                    epilogue=activate,
                     return_gathered=True,
+                    bidirectional=both_ways,
                 )
             else:
                 gathered = lax.all_gather(x, "t", axis=0, tiled=True)
-                y = jnp.tanh(gathered @ w + b[None])
+                y = activate(gathered @ w)
             return y, y * jnp.sum(gathered**2, axis=-1, keepdims=True)
 
         f = jax.shard_map(
@@ -276,7 +282,7 @@ def test_the_gathered_input_and_an_epilogue_with_a_bias_have_derivatives():
             y, z = f(x, w, b)
             return jnp.sum((y + z) * target)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, w, bias)
+        return compiled(jax.grad(loss, argnums=(0, 1, 2)))(x, w, bias)
 
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), run(True), run(False)
@@ -302,7 +308,7 @@ def test_under_remat_and_scan(wrapper):
             in_specs=(P("t"), P(None, None, None, "t")),
             out_specs=P("t"),
         )
-        return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(
+        return compiled(jax.grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(
             x, weights
         )
 

@@ -224,9 +224,9 @@ NOTICED = {  # as soon as they start, and as late as possible
 def test_a_wait_that_is_left_out_is_noticed(form, dropped, mode, watch, monkeypatch):
     """The gather overwrites nothing, so that nothing but the count can be wrong."""
     monkeypatch.setattr(pallas_kernels, dropped, lambda *_: None)
-    x, w, _ = odd(form, 4)
+    x, w, _ = odd(form, 3)
     own = dict(tiles=SMALL, interpret=interpreter(mode))
-    y = jax.jit(on_mesh(form, FORMS[form][0], mesh_of(t=4), **own))(x, w)
+    y = jax.jit(on_mesh(form, FORMS[form][0], mesh_of(t=3), **own))(x, w)
     wrong = not np.allclose(y, x @ w, rtol=1e-4, atol=1e-4)
     noticed = watch.complaints() | ({"wrong"} if wrong else set())
     assert noticed >= NOTICED[form, dropped][MODES.index(mode)]

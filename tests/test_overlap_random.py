@@ -23,6 +23,7 @@ from tests.overlap_programs import (
     arguments,
     as_jax,
     as_numpy,
+    compiled,
     on_all,
     widened,
 )
@@ -333,11 +334,6 @@ class Way(NamedTuple):
     """overlap in the shard_map, rather than around it"""
     around: bool = False
     """also the gradient's program"""
-
-
-def compiled(f):
-    """Compiled fast, rather than to run fast."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def check(program: Program, way: Way):

@@ -1,5 +1,7 @@
 """Transparent overlap: the same numbers and gradients as the function as written."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,10 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxlab.optim.audit import collectives
 from jaxlab.overlap import OverlapSkipped, Policy, explain, overlap
 from jaxlab.overlap.hardware import V5E
 from jaxlab.overlap.policy import measured_apart
+from tests.overlap_programs import compiled
 
 RING = Policy(mode="ring")
 
@@ -47,6 +49,12 @@ def several(x, up, down, bias):
     whole = gather(x)
     q, k, v = whole @ up, whole @ (2 * up), whole @ jnp.sin(up)
     return scatter((q * jax.nn.silu(k) + v) @ down) + x
+
+
+def gated(x, up, down, bias):
+    whole = gather(x)
+    gate, value = whole @ up + bias[None, :1], jnp.einsum("mk,kn->mn", whole, up[::-1])
+    return scatter((jax.nn.silu(gate) * value.astype(jnp.float32)) @ down)
 
 
 def kept(x, up, down, bias):
@@ -101,6 +109,7 @@ FUNCTIONS = [
     reshaped,
     biased,
     several,
+    gated,
     kept,
     summed,
     untiled,
@@ -132,30 +141,72 @@ def assert_close(got, want):
         np.testing.assert_allclose(g / scale, w / scale, atol=5e-6)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+def graded(f):
+    """Gradients, and what the function gives."""
+
+    def loss(*arrays):
+        y = f(*arrays)
+        return jnp.sum(y**2), y
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)
+
+
+CASES = [(f, 4) for f in FUNCTIONS]
+CASES += [(f, size) for f in (reshaped, gated) for size in (2, 3, 8)]
+
+
+@pytest.mark.parametrize(("f", "size"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_the_same_numbers_and_gradients(f, size):
     plain, args = on_mesh(f, size), arguments(size)
-
-    def loss(f):
-        return lambda *a: jnp.sum(f(*a) ** 2)
-
     forward = overlap(plain, policy=RING, on_skip="error")
-    assert_close(jax.jit(forward)(*args), jax.jit(plain)(*args))
-    want = jax.jit(jax.grad(loss(plain), (0, 1, 2)))(*args)
-    assert_close(jax.jit(jax.grad(loss(forward), (0, 1, 2)))(*args), want)
-    around = overlap(jax.grad(loss(plain), (0, 1, 2)), policy=RING, on_skip="ignore")
-    assert_close(jax.jit(around)(*args), want)
+    want = compiled(graded(plain))(*args)
+    assert_close(compiled(graded(forward))(*args), want)
+    around = overlap(graded(plain), policy=RING, on_skip="ignore")
+    assert_close(compiled(around)(*args), want)
 
 
 @pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
 def test_no_gather_and_no_scatter_is_left(f):
     plain, args = on_mesh(f, 4), arguments(4)
-    compiled = jax.jit(overlap(plain, policy=RING)).lower(*args).compile()
-    kinds = {c.kind for c in collectives(compiled.as_text())}
-    assert "collective-permute" in kinds and "reduce-scatter" not in kinds
-    if f is not summed:
-        assert "all-gather" not in kinds
+    text = jax.jit(overlap(plain, policy=RING)).lower(*args).as_text()
+    assert "stablehlo.collective_permute" in text and "reduce_scatter" not in text
+    assert ("all_gather" in text) == (f is summed)
+
+
+def wide(x, up, down, bias):
+    """In float32 what a product in bfloat16 is, as before a rotation or a loss."""
+    y = (gather(x).astype(jnp.bfloat16) @ up.astype(jnp.bfloat16)).astype(jnp.float32)
+    return scatter(jnp.sort(y) @ down)
+
+
+def shared(x, up, down, bias):
+    """Others want the products as well: three arrays in place of two."""
+    gate, value = (gather(x) @ w for w in (up, jnp.sin(up)))
+    return scatter((jnp.tanh(gate) * value + jnp.sort(gate) + jnp.sort(value)) @ down)
+
+
+@pytest.mark.parametrize(
+    ("f", "name", "blocks"),
+    [
+        (mlp, "tanh", True),
+        (gated, "logistic", True),
+        (transposed, "tanh", True),
+        (shared, "tanh", False),
+        (wide, "convert_element_type", False),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_what_is_elementwise_is_done_by_the_block_where_that_writes_less(
+    f, name, blocks
+):
+    args = arguments(4)
+    ring = on_mesh(overlap(f, policy=RING, on_skip="error"), 4)
+    text = str(jax.make_jaxpr(ring)(*args))
+    # 4 rows of the 16; a gate's columns are 12 of a device's 3.
+    found = re.findall(rf"f32\[([\d,]+)\]\S* = {name}\b", text)
+    rows = {max(map(int, shape.split(","))) for shape in found}
+    assert rows == ({4} if blocks else {16}), found
+    assert_close(jax.jit(ring)(*args), on_mesh(f, 4)(*args))
 
 
 def test_auto_stays_plain_on_a_cpu_and_says_why():
@@ -263,7 +314,7 @@ def test_lanes_that_do_not_divide_are_named():
 def test_both_ways_and_several_lanes_are_the_same_numbers():
     plain, args = on_mesh(several, 4), arguments(4)
     policy = Policy(mode="bidirectional", chunks=2)
-    got = jax.jit(overlap(plain, policy=policy, on_skip="error"))(*args)
+    got = compiled(overlap(plain, policy=policy, on_skip="error"))(*args)
     assert_close(got, plain(*args))
 
 
@@ -288,8 +339,8 @@ def test_inside_shard_map_without_its_checks(f):
             inside, mesh=mesh, in_specs=specs, out_specs=specs[:3], check_vma=False
         )
 
-    want = jax.jit(gradient(f))(*args)
-    assert_close(jax.jit(gradient(overlap(f, policy=RING)))(*args), want)
+    want = compiled(gradient(f))(*args)
+    assert_close(compiled(gradient(overlap(f, policy=RING)))(*args), want)
 
 
 def test_a_gather_that_stays_leaves_its_product_to_the_sum_behind_it():
@@ -345,8 +396,7 @@ def test_kernels_have_the_same_numbers_and_gradients(f):
     assert {s.form for s in found.sites} == {"pallas"}
 
     def both(f):
-        loss = jax.value_and_grad(lambda *a: jnp.sum(f(*a) ** 2), (0, 1, 2))
-        return jax.jit(loss)(*args)
+        return compiled(graded(f))(*args)
 
     assert_close(both(kernels), both(plain))
 

@@ -45,8 +45,16 @@ from jaxlab.overlap.ring import SUMS
 Kind = Literal["gather", "scatter", "reduce"]
 Mode = Literal["plain", "ring", "bidirectional"]
 
-CHUNKS = (1, 2, 4)
-"""The numbers of chunks that `choose` tries."""
+Form = tuple[Mode, int]
+"""A mode and its chunks."""
+
+FORMS: tuple[Form, ...] = (
+    ("ring", 1),
+    ("ring", 2),
+    ("bidirectional", 1),
+    ("bidirectional", 2),
+)
+"""The rings that `choose` tries. More chunks than two bring nothing in the model."""
 
 MARGIN = 0.05
 """A ring must be predicted faster than plain by this part of plain's time: the model
@@ -78,20 +86,35 @@ class Hardware:
     copy_rate: float | None = None
     """bytes/s of an addition or a copy, reads and writes together; None:
     `memory_rate`"""
+    forms: tuple[Form, ...] = FORMS
+    """rings that its compiler schedules well, the only ones that `choose` takes"""
 
 
 # Rates: Google Cloud's pages on TPU v5e, v5p and v6e. The interconnect is given there
 # in Gbit/s of all links of a chip, one way: 1600 over 4, 4800 over 6 and 3200 over 4
 # links (older versions of the v6e page say 3584, and 1640 GB/s of memory). A ring of
 # the tensor axis has a link to either neighbour. Tiles: the sides of the matrix units.
-# Latencies and launches are assumptions, good to a factor of two.
-V5E = Hardware("TPU v5e", 197e12, 819e9, 50e9, 1e-6, True, 1e-6, 128)
-V5P = Hardware("TPU v5p", 459e12, 2765e9, 100e9, 1e-6, True, 1e-6, 128)
-V6E = Hardware("TPU v6e", 918e12, 1600e9, 100e9, 1e-6, True, 1e-6, 256)
+# Latencies are assumptions, good to a factor of two. Launches: half of what libtpu
+# estimates a block's product to take longer than its share of the whole one, in
+# benchmarks/overlap_schedule.py: 2.5 to 2.9 us on v5e, 3.7 to 6.8 on v5p, 0 to 1.5 on
+# v6e. Forms: both ways round products take 1.33 (forward) and 1.70 (gradient) times the
+# cycles of the plain ones on v5p, and 1.67 on v6e, in the same table.
+_ONE_WAY = FORMS[:2]
+V5E = Hardware("TPU v5e", 197e12, 819e9, 50e9, 1e-6, True, 1.4e-6, 128)
+V5P = Hardware(
+    "TPU v5p", 459e12, 2765e9, 100e9, 1e-6, True, 2.6e-6, 128, forms=_ONE_WAY
+)
+V6E = Hardware(
+    "TPU v6e", 918e12, 1600e9, 100e9, 1e-6, True, 0.7e-6, 256, forms=_ONE_WAY
+)
 # Rates: NVIDIA's data sheet of the H100 SXM. NVLink's 900 GB/s count both directions.
 # All of a chip's links lead to the switch, so that two neighbours share the 450 GB/s
-# and the other way round brings nothing. The latency is that of a send by NCCL.
-H100 = Hardware("H100 SXM", 989e12, 3350e9, 450e9, 5e-6, False, 3e-6, 128)
+# and the other way round brings nothing. The latency is that of a send by NCCL. One
+# chunk alone is covered throughout with XLA's default options as well.
+ON_GPU = FORMS[:1]
+H100 = Hardware(
+    "H100 SXM", 989e12, 3350e9, 450e9, 5e-6, False, 3e-6, 128, forms=ON_GPU
+)
 
 HARDWARE = {"v5e": V5E, "v5p": V5P, "v6e": V6E, "h100": H100}
 """What is known, by short name."""
@@ -222,6 +245,8 @@ def choose(
 ) -> Choice:
     """The form predicted to be fastest; plain unless a ring is, by a margin.
 
+    Of the rings only those of `Hardware.forms` are tried.
+
     A form that wins forward can lose backward, where a gather's ring carries twice the
     bytes of the plain form, which kept what it gathered.
 
@@ -246,14 +271,12 @@ def choose(
     if size == 1 or not shape["hardware"].overlaps:
         return best
     limit = (1 - margin) * plain
-    modes: tuple[tuple[Mode, int], ...] = (("ring", 1), ("bidirectional", 2))
-    for mode, directions in modes:
-        for chunks in CHUNKS:
-            if rows % (size * chunks * directions):
-                continue
-            found = seconds(mode, chunks)
-            if found < min(limit, best.seconds):
-                best = Choice(mode, chunks, found, plain)
+    for mode, chunks in shape["hardware"].forms:
+        if rows % (size * chunks * (2 if mode == "bidirectional" else 1)):
+            continue
+        found = seconds(mode, chunks)
+        if found < min(limit, best.seconds):
+            best = Choice(mode, chunks, found, plain)
     return best
 
 
@@ -421,4 +444,5 @@ def measure(devices: Any = None) -> Hardware:
         launch=launch,
         tile=tile,
         overlaps=not cpu,
+        forms=ON_GPU if devices[0].platform == "gpu" else FORMS,
     )

@@ -92,7 +92,7 @@ def all_gather_matmul(
     else:
         constants: tuple[Any, ...] = ()
         if epilogue is not None:
-            blocks = [jax.eval_shape(ring.dot, x, w) for w in ws]
+            blocks = ring.blocks(x, ws)
             epilogue, hoisted = jax.closure_convert(epilogue, *blocks)
             constants = varying(hoisted, axis_name)
         (x,), ws = varying((x,), axis_name), varying(ws, axis_name)

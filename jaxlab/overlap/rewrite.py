@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlab.overlap import epilogue
 from jaxlab.overlap import layout as lay
 from jaxlab.overlap.matmul import (
     all_gather_matmul,
@@ -17,7 +18,7 @@ from jaxlab.overlap.ring import tracked
 
 
 def gather_site(jaxpr, group, read, options) -> dict[Any, Any]:
-    """Values of the products, and of the gathered array if it is kept."""
+    """Values of the products or of what is done to them, and what is gathered."""
     eqn, size = jaxpr.eqns[group.index], lax.axis_size(options["axis_name"])
     first = group.products[0]
     order = (*first.rows, *first.inner)
@@ -33,18 +34,22 @@ def gather_site(jaxpr, group, read, options) -> dict[Any, Any]:
         other = 1 - product.side
         ws.append(_weights(read(made.invars[other]), made, other))
     place = first.rows.index(group.cut)
-    found, whole = _gather_matmul(x, tuple(ws), place, group.keep, **options)
+    after = epilogue.function(jaxpr, group, read)
+    found, whole = _gather_matmul(
+        x, tuple(ws), place, group.keep, epilogue=after, **options
+    )
     values = {}
-    for product, y in zip(group.products, found, strict=True):
-        made = jaxpr.eqns[product.index]
-        contract = made.params["dimension_numbers"][0][1 - product.side]
-        other = made.invars[1 - product.side].aval
+    for (made, of), y in zip(group.epilogue.results, found, strict=True):
+        product = group.products[of]
+        eqn_of = jaxpr.eqns[product.index]
+        contract = eqn_of.params["dimension_numbers"][0][1 - product.side]
+        other = eqn_of.invars[1 - product.side].aval
         columns = [n for d, n in enumerate(other.shape) if d not in contract]
         y = y.reshape((*(lay.extent(fs) for fs in product.free), *columns))
         if product.side == 1:
             rows = len(product.free)
             y = jnp.moveaxis(y, range(rows), range(-rows, 0))
-        values[made.outvars[0]] = y
+        values[made] = y
     if whole is not None:
         out = eqn.outvars[0].aval
         layout = _split(order, len(out.shape))
@@ -127,12 +132,21 @@ def _sum_of(x: Any, axis: str) -> Any:
 # ------------------------------------------------------------- the chosen form
 
 
-def _gather_matmul(x, ws, dim, keep, *, mode, chunks, axis_name, **settings) -> Any:
-    """Products of the gathered x, and it or None."""
+def _gather_matmul(
+    x, ws, dim, keep, *, mode, chunks, axis_name, epilogue, **settings
+) -> Any:
+    """Products of the gathered x, or what the epilogue makes of them; and it or None."""
     if mode != "pallas":
         ways = dict(chunks=chunks, bidirectional=mode == "bidirectional")
         found: Any = all_gather_matmul(
-            x, ws, axis_name, dim=dim, return_gathered=keep, **ways, **settings
+            x,
+            ws,
+            axis_name,
+            dim=dim,
+            epilogue=epilogue,
+            return_gathered=keep,
+            **ways,
+            **settings,
         )
         return found if keep else (found, None)
     from jaxlab.overlap.pallas import pallas_all_gather_matmul
@@ -146,7 +160,8 @@ def _gather_matmul(x, ws, dim, keep, *, mode, chunks, axis_name, **settings) -> 
         y, whole = y
         whole = _unflat(whole, x, dim)
     ends = np.cumsum([w.shape[1] for w in ws])[:-1]
-    return [_unflat(part, x, dim) for part in jnp.split(y, ends, 1)], whole
+    parts = [_unflat(part, x, dim) for part in jnp.split(y, ends, 1)]
+    return parts if epilogue is None else epilogue(*parts), whole
 
 
 def _matmul_sum(scatters, xs, ws, dim, *, mode, chunks, axis_name, **settings) -> Any:

@@ -77,6 +77,15 @@ class Ring(NamedTuple):
             x, w, precision=self.precision, preferred_element_type=self.accumulate
         )
 
+    def blocks(self, x: jax.Array, ws: Iterable[jax.Array]) -> tuple[Any, ...]:
+        """Shapes of the products of one lane's block of x, this device's."""
+
+        def product(x, w):
+            rows = x.shape[self.dim] // self.ways
+            return self.dot(lax.slice_in_dim(x, 0, rows, axis=self.dim), w)
+
+        return tuple(jax.eval_shape(product, x, w) for w in ws)
+
     def dot_rows(self, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         """x^T y over all rows: the derivative of the weights."""
         rows = tuple(range(x.ndim - 1))
@@ -167,10 +176,20 @@ def _multiply_scatter(ring: Ring, wholes, ws, plus=None, beside=(None, None, Non
         # XLA on TPU makes the addition part of the product in this order alone.
         return [p + a for p, a in zip(parts, arrived, strict=True)]
 
+    def keep(sums, done=None, phase=0):
+        # In place, unlike jnp.concatenate, and where a barrier holds it.
+        if ring.lanes == 1:
+            return sums[0]
+        if done is None:
+            done = ring.empty(sums[0], ring.lanes, sums[0].shape[-1], sums[0].dtype)
+        for lane, rows in enumerate(sums, phase * len(sums)):
+            done = ring.put(done, rows, 0, lane)
+        return done
+
     def step(s, state, last=False):
         sums, arrived, ws, lanes, results = state
         coming = [] if last else ring.pass_on(lanes, 1)
-        done = []
+        done = None
         for phase in range(ring.phases):
             sent = ring.pass_on([] if last and phase else sums, -1)
             sums = products(s, phase, ws)
@@ -181,26 +200,20 @@ def _multiply_scatter(ring: Ring, wholes, ws, plus=None, beside=(None, None, Non
                     device = ring.peer(ring.direction(lane) * s)
                     results = visit(results, block, device, lane)
             if last and apart:  # these sums stay here
-                arrived, ws = lax.optimization_barrier((sent, ws))
-            else:
-                arrived, sums, ws = lax.optimization_barrier((sent, sums, ws))
+                done = keep(sums, done, phase)
+                arrived, done, ws = lax.optimization_barrier((sent, done, ws))
+                continue
+            arrived, sums, ws = lax.optimization_barrier((sent, sums, ws))
             if not apart:
                 sums, arrived = add(sums, arrived) if arrived else sums, []
-            done += sums
         if last:
-            return done, results
+            return done if apart else keep(sums), results
         # A barrier of its own: XLA on GPU hides more of what passes beside.
         coming, ws, results = lax.optimization_barrier((coming, ws, results))
         return sums, arrived, ws, coming, results
 
     lanes = [] if x is None else jnp.split(x, ring.ways, axis=ring.dim)
-    sums, results = _steps(ring.size, step, ([], [], ws, lanes, results))
-    if len(sums) == 1:
-        return sums[0], results
-    mine = ring.empty(sums[0], len(sums), sums[0].shape[-1], sums[0].dtype)
-    for lane, rows in enumerate(sums):  # in place, unlike jnp.concatenate
-        mine = ring.put(mine, rows, 0, lane)
-    return mine, results
+    return _steps(ring.size, step, ([], [], ws, lanes, results))
 
 
 def tracked(axis_name: str) -> bool:
@@ -254,7 +267,7 @@ def _gather(ring: Ring, epilogue, keep: bool, before: bool, x, ws, constants):
     def make(like):
         return ring.empty(x, ring.size, like.shape[-1], like.dtype)
 
-    products = tuple(jax.eval_shape(ring.dot, x, w) for w in ws)
+    products = ring.blocks(x, ws)
     # Only what is wanted: the barriers keep alive whatever they are given.
     results: dict[str, Any] = {"x": make(x)} if keep else {}
     if epilogue is None:
@@ -273,6 +286,24 @@ def _gather(ring: Ring, epilogue, keep: bool, before: bool, x, ws, constants):
         return jax.tree.map(lambda v, b: ring.put(v, b, device, lane), results, found)
 
     return _gather_multiply(ring, x, ws, visit, results)
+
+
+def _by_block(ring: Ring, epilogue, products: int):
+    """An epilogue of all rows: it may have been traced for those of a block."""
+    dim, count = ring.dim, ring.size * ring.ways
+
+    def whole(*arrays):
+        def cut(a):
+            rows = a.shape[dim] // count
+            return a.reshape((*a.shape[:dim], count, rows, *a.shape[dim + 1 :]))
+
+        blocks = map(cut, arrays[:products])
+        places = [dim] * products + [None] * (len(arrays) - products)
+        each = jax.vmap(epilogue, tuple(places), dim)
+        found = each(*blocks, *arrays[products:])
+        return jax.tree.map(lambda y: lax.collapse(y, dim, dim + 2), found)
+
+    return whole
 
 
 class _Weights(NamedTuple):
@@ -335,7 +366,7 @@ def _gather_ring_backward(ring: Ring, epilogue, keep: bool, save: bool, saved, f
     dys, dgathered = found
     dconstants = constants
     if epilogue is not None:
-        _, pull = jax.vjp(epilogue, *before, *constants)
+        _, pull = jax.vjp(_by_block(ring, epilogue, len(ws)), *before, *constants)
         slopes = pull(dys)
         dys, dconstants = slopes[: len(ws)], slopes[len(ws) :]
     plus = dgathered if keep else None

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
+from jaxlab.overlap import epilogue
 from jaxlab.overlap import layout as lay
+from jaxlab.overlap.epilogue import Epilogue
 from jaxlab.overlap.layout import Factor, Layout
 
 GATHERS = ("all_gather", "all_gather_invariant")
@@ -38,6 +40,8 @@ class Gather(NamedTuple):
     products: tuple[Operand, ...]
     keep: bool
     """somebody else wants the gathered array too"""
+    epilogue: Epilogue
+    """functions of its products that are done block by block"""
 
 
 class Term(NamedTuple):
@@ -206,7 +210,7 @@ def _gather(graph: Graph, i: int, size: int, taken: set[int]) -> Gather | Skippe
         taken_as = [graph.eqns[p.index].invars[p.side].aval for p in chosen]
         if keep or any(axis not in a.manual_axis_type.varying for a in taken_as):
             return Skipped(i, "it is used as the same on all devices", True)
-    return Gather(i, cut, tuple(chosen), keep)
+    return Gather(i, cut, tuple(chosen), keep, epilogue.find(graph, i, chosen))
 
 
 def _operand(graph, i, j, var, layout, dim) -> Operand | str:

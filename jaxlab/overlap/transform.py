@@ -146,7 +146,7 @@ def _evaluate(jaxpr: Any, consts: list[Any], args: Any, context: _Context) -> li
             if settings is None:
                 return False
             plans[group.index] = group, settings
-            for i in (group.index, *(p.index for p in group.products)):
+            for i in _members(group):
                 members[i] = group.index
             return True
 
@@ -209,11 +209,17 @@ def _live(jaxpr, plans, members, made_by) -> list[int]:
     return sorted(seen)
 
 
+def _members(group: sites.Gather | sites.Sum) -> list[int]:
+    """Equations that a group's ring stands for."""
+    done = group.epilogue.steps if isinstance(group, sites.Gather) else ()
+    return [group.index, *(p.index for p in group.products), *(j for j, _ in done)]
+
+
 def _needs(jaxpr: Any, group: sites.Gather | sites.Sum) -> list[Any]:
     eqns = jaxpr.eqns
     if isinstance(group, sites.Gather):
         others = [eqns[p.index].invars[1 - p.side] for p in group.products]
-        return [eqns[group.index].invars[0], *others]
+        return [eqns[group.index].invars[0], *others, *group.epilogue.needs]
     return [
         *(a for p in group.products for a in eqns[p.index].invars),
         *(bias.small for bias in group.biases),
