@@ -58,7 +58,7 @@ def resolve(options: Options, cpu: bool) -> Options:
 
 
 def in_blocks(x: Any, w: Any, blocks: int) -> Any:
-    """x @ w, a block of rows after the other."""
+    """Computes x @ w, a block of rows after the other."""
     import jax.numpy as jnp
     from jax import lax
 

@@ -17,9 +17,9 @@ from jaxlab.overlap import _compat
 
 ELEMENTWISE = frozenset(
     "abs add add_any and ceil clamp convert_element_type copy cos div eq erf erf_inv "
-    "erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max "
-    "min mul ne neg not or pow reduce_precision rem round rsqrt select_n sign sin sqrt "
-    "square sub tan tanh xor".split()
+    "erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt "
+    "max min mul ne neg not or pow reduce_precision rem round rsqrt select_n sign sin "
+    "sqrt square sub tan tanh xor".split()
 )
 CALLS = ("jit", "pjit", "closed_call")
 
@@ -80,8 +80,10 @@ def find(graph: Any, i: int, products: Any) -> Epilogue:
         if not inside or not _elementwise(eqn):
             continue
         of = like[inside[0]]
-        wide = [_row(graph, a, of, layouts[of]) for a in beside]
-        if None in wide or any(layouts[like[a]] != layouts[of] for a in inside):
+        wide = [r for a in beside if (r := _row(graph, a, of, layouts[of]))]
+        if len(wide) < len(beside) or any(
+            layouts[like[a]] != layouts[of] for a in inside
+        ):
             continue
         if any(v.aval.shape != layouts[of][-1] for v in eqn.outvars):
             continue

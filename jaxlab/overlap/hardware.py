@@ -112,9 +112,7 @@ V6E = Hardware(
 # and the other way round brings nothing. The latency is that of a send by NCCL. One
 # chunk alone is covered throughout with XLA's default options as well.
 ON_GPU = FORMS[:1]
-H100 = Hardware(
-    "H100 SXM", 989e12, 3350e9, 450e9, 5e-6, False, 3e-6, 128, forms=ON_GPU
-)
+H100 = Hardware("H100 SXM", 989e12, 3350e9, 450e9, 5e-6, False, 3e-6, 128, forms=ON_GPU)
 
 HARDWARE = {"v5e": V5E, "v5p": V5P, "v6e": V6E, "h100": H100}
 """What is known, by short name."""

@@ -121,8 +121,9 @@ def decide(
         if hardware is None:
             reason = "XLA on CPU multiplies and communicates one after the other"
             return site(eqn, "plain", reason=reason), None
-        shape = _shape(jaxpr, group, size) | dict(save_gathered=policy.save_gathered)
-        mode, chunks, *seconds = choose(**shape, hardware=hardware)
+        shape = _shape(jaxpr, group, size)
+        saved = policy.save_gathered
+        mode, chunks, *seconds = choose(**shape, save_gathered=saved, hardware=hardware)
         predicted = dict(zip(("seconds", "plain_seconds"), seconds, strict=True))
     if mode == "plain":
         reason = (

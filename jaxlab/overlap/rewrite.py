@@ -135,7 +135,7 @@ def _sum_of(x: Any, axis: str) -> Any:
 def _gather_matmul(
     x, ws, dim, keep, *, mode, chunks, axis_name, epilogue, **settings
 ) -> Any:
-    """Products of the gathered x, or what the epilogue makes of them; and it or None."""
+    """Products of the gathered x, or what becomes of them; and it or None."""
     if mode != "pallas":
         ways = dict(chunks=chunks, bidirectional=mode == "bidirectional")
         found: Any = all_gather_matmul(
