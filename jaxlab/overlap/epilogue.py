@@ -154,7 +154,7 @@ def _rows(side: int, free: Any, shape: Any) -> range:
     return range(len(free)) if side == 0 else range(rank - len(free), rank)
 
 
-def function(jaxpr: Any, group: Any, read: Any) -> Any:
+def epilogue_of(jaxpr: Any, group: Any, read: Any) -> Any:
     """The epilogue for `all_gather_matmul`; None: the products themselves are wanted.
 
     Args:

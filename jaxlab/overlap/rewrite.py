@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlab.overlap import epilogue
 from jaxlab.overlap import layout as lay
+from jaxlab.overlap.epilogue import epilogue_of
 from jaxlab.overlap.matmul import (
     all_gather_matmul,
     matmul_all_reduce,
@@ -34,22 +34,20 @@ def gather_site(jaxpr, group, read, options) -> dict[Any, Any]:
         other = 1 - product.side
         ws.append(_weights(read(made.invars[other]), made, other))
     place = first.rows.index(group.cut)
-    after = epilogue.function(jaxpr, group, read)
-    found, whole = _gather_matmul(
-        x, tuple(ws), place, group.keep, epilogue=after, **options
-    )
+    options = options | dict(epilogue=epilogue_of(jaxpr, group, read))
+    found, whole = _gather_matmul(x, tuple(ws), place, group.keep, **options)
     values = {}
-    for (made, of), y in zip(group.epilogue.results, found, strict=True):
+    for (variable, of), y in zip(group.epilogue.results, found, strict=True):
         product = group.products[of]
-        eqn_of = jaxpr.eqns[product.index]
-        contract = eqn_of.params["dimension_numbers"][0][1 - product.side]
-        other = eqn_of.invars[1 - product.side].aval
+        made = jaxpr.eqns[product.index]
+        contract = made.params["dimension_numbers"][0][1 - product.side]
+        other = made.invars[1 - product.side].aval
         columns = [n for d, n in enumerate(other.shape) if d not in contract]
         y = y.reshape((*(lay.extent(fs) for fs in product.free), *columns))
         if product.side == 1:
             rows = len(product.free)
             y = jnp.moveaxis(y, range(rows), range(-rows, 0))
-        values[made] = y
+        values[variable] = y
     if whole is not None:
         out = eqn.outvars[0].aval
         layout = _split(order, len(out.shape))
