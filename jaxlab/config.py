@@ -355,6 +355,19 @@ def save(run: Any, path: str | Path) -> None:
     write_text(path, json.dumps(to_json(run), indent=1) + "\n")
 
 
+def describe(run: Any) -> dict[str, Any]:
+    """What a run is before it starts: its config and the version of its corpus.
+
+    Raises:
+        UserError: the corpus is missing.
+    """
+    from jaxlab.corpora import corpus_version
+
+    data = getattr(run, "data", None)
+    version = corpus_version(data.corpus) if isinstance(data, Data) else None
+    return {"config": to_json(run), "data": version}
+
+
 # ----------------------------------------------------------------- checks
 
 

@@ -3,7 +3,10 @@
 python scripts/train.py configs/gpt_tiny.py --steps 60 --out runs/a
 python scripts/train.py runs/a/config.json          # again, or on from its checkpoint
 python scripts/train.py configs/gpt_tiny.py --help  # every field and its default
+python scripts/train.py configs/gpt_tiny.py --dry-run  # what would be run, as JSON
 """
+
+import json
 
 from jaxlab import allocator
 from jaxlab.cli import run_main
@@ -13,7 +16,11 @@ def main(arguments: list[str]) -> None:
     """Parses the command line and trains."""
     from jaxlab import config
 
-    run = config.parse(arguments, "scripts/train.py")
+    dry = "--dry-run" in arguments
+    run = config.parse([a for a in arguments if a != "--dry-run"], "scripts/train.py")
+    if dry:
+        print(json.dumps(config.describe(run), indent=1))
+        return
     from jaxlab.train import train
 
     train(run)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,17 @@ def test_combinations_that_do_not_divide_are_refused(change, mesh, words):
     with pytest.raises(ConfigError) as caught:
         config.validate(dataclasses.replace(run, **change), mesh)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_dry_run_prints_what_would_be_run(tmp_path, capsys):
+    run = runpy.run_path(str(ROOT / "scripts/train.py"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("words")
+    arguments = ["configs/gpt_tiny.py", "--data.corpus", str(tmp_path / "text")]
+    run["main"]([str(ROOT / arguments[0]), *arguments[1:], "--steps", "7", "--dry-run"])
+    told = json.loads(capsys.readouterr().out)
+    assert config.from_json(told["config"]).steps == 7
+    before = told["data"]
+    (tmp_path / "text/b.txt").write_text("more words")
+    run["main"]([str(ROOT / arguments[0]), *arguments[1:], "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["data"] != before

@@ -39,6 +39,7 @@ HEAVY = (
     "tokenizers",
     "torch",
     "transformers",
+    "typst",
 )
 
 

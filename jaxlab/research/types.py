@@ -71,24 +71,48 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is tested: a weighted sum over the arms, for each seed."""
+
+    name: str
+    weights: dict[str, float]
+    """of each arm that takes part; {"a": 1, "b": -1} is a minus b"""
+    scale: Literal["linear", "log"] = "linear"
+    """log: the weights are for the logarithms, as in the slope of a power law"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What will be run and how it will be judged, fixed before the runs."""
 
     question: str
     metric: str
+    """a tag of metrics.jsonl; its last value in a run counts"""
     direction: Literal["lower", "higher"]
+    """which is better"""
     arms: tuple[Arm, ...]
+    comparisons: tuple[Comparison, ...]
+    """none in a pilot, which tests nothing"""
     seeds: tuple[int, ...]
     looks: tuple[int, ...]
     """numbers of seeds at which the tests are made"""
-    alpha: float
-    correction: str
-    min_effect: float
-    """smallest difference of the metric that matters"""
-    budget_runs: int
+    alpha: float = 0.05
+    """chance of any false claim of difference"""
+    correction: Literal["holm"] = "holm"
+    test: Literal["t", "sign-flip"] = "t"
+    min_effect: float = 0.0
+    """smallest difference of the metric that matters; 0: not stated"""
+    power: float | None = None
+    """chance to find it, as planned from the pilot"""
+    stage: Literal["pilot", "confirmatory", "follow-up"] = "confirmatory"
     factors: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """value of the varied field by arm"""
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    """of each run: wall and cpu in seconds, memory and disk in bytes"""
     based_on: tuple[Ref, ...] = ()
     """earlier findings and runs that this builds on"""
+    amends: int | None = None
+    """number of the plan that this one takes the place of"""
 
 
 @dataclasses.dataclass(frozen=True)
