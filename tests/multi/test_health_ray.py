@@ -62,7 +62,8 @@ def test_a_job_runs_on_agents_that_ray_hosts(tmp_path, monkeypatch):
         kill_one()
         assert supervisor.run(hosts, gather=300.0) == 0
     kinds = [event["event"] for event in events]
-    assert kinds.count("start") == 2 and kinds[-1] == "done"
+    # The other rank may end first, of its broken connection.
+    assert kinds.count("start") >= 2 and kinds[-1] == "done"
     assert "lost" in kinds and killed.is_set()
     assert (tmp_path / "steps").read_text().splitlines()[-1] == "2 400"
 
