@@ -87,7 +87,11 @@ class Journal:
             clock,
         )
 
-    def append(self, agent: str, kind: str, **data: Any) -> Event:
+    def now(self) -> float:
+        """Seconds since 1970, by the clock of the events."""
+        return self._clock()
+
+    def append(self, agent: str, kind: str, /, **data: Any) -> Event:
         """Adds an event; on disk when this returns.
 
         Secrets are taken out of the text first. After a failed write (a full disk)

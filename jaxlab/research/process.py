@@ -52,18 +52,18 @@ def alive(process: Process) -> bool:
     return _start_time(process.pid) == process.started
 
 
-def end_group(process: Process, patience: float = 1.0) -> None:
-    """Ends the whole process group: SIGTERM, and SIGKILL after `patience` seconds."""
+def end_group(*processes: Process, patience: float = 0.7) -> None:
+    """Ends whole process groups: SIGTERM, and SIGKILL after `patience` seconds."""
+    left = [*processes]
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        if not alive(process) and not _left_over(process):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        left = [p for p in left if alive(p) or _left_over(p)]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
         until = time.monotonic() + wait
-        while time.monotonic() < until:
-            if not alive(process) and not _left_over(process):
-                return
+        while left and time.monotonic() < until:
             time.sleep(0.02)
+            left = [p for p in left if alive(p) or _left_over(p)]
 
 
 def _start_time(pid: int) -> int | None:

@@ -35,7 +35,7 @@ class Context:
     call: str
     """id of this call; the same when a resumed study makes it again"""
     options: dict[str, Any]
-    """what `research.toml` says: budget, model, experiment flags"""
+    """of the study: model, compare, sweep, metric, parallel, past, ..."""
     record: Callable[..., Event]
     """record(kind, **data): writes an event to the journal"""
     events: Callable[[], Sequence[Event]]

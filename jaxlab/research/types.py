@@ -4,7 +4,7 @@ Kinds of events in the journal, by who writes them:
 
 | kind | data |
 | --- | --- |
-| study | schema, question, options (what `research.toml` says) |
+| study | schema, question, options |
 | agent_start | session, agent, task, refs, call (of the delegating tool) |
 | agent_end | session, status, summary, refs |
 | request, reply | session, turn / session, turn, message, usage |
@@ -28,12 +28,24 @@ class ToolError(Exception):
     """A tool could not do what was asked; its text goes to the model as the result."""
 
 
-class Interrupted(Exception):
+class Stopped(Exception):
+    """Ends what goes on, from outside: a tool lets it through."""
+
+
+class Interrupted(Stopped):
     """A person interrupts or stops: end what runs, and let it through."""
 
 
-class BudgetSpent(Exception):
+class StoppedByPerson(Stopped):
+    """A person, or a signal, ends this session of driving."""
+
+
+class BudgetSpent(Stopped):
     """A limit of the study is reached; let it through."""
+
+
+class GatesFailed(Stopped):
+    """The study cannot pass its gates."""
 
 
 class NeedsHuman(UserError):
@@ -42,11 +54,14 @@ class NeedsHuman(UserError):
     exit_code = 5
 
 
+RefKind = Literal["file", "run", "fact", "event"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ref:
     """Points to something in the workspace; what agents pass instead of contents."""
 
-    kind: Literal["file", "run", "fact", "event"]
+    kind: RefKind
     id: str
     """a path inside the workspace, a run's id, a fact's id, an event's number"""
     sha256: str | None = None

@@ -4,7 +4,6 @@ Paths given by agents are relative, have no `..`, and no part of them is a symbo
 link; every folder on the way is opened with O_NOFOLLOW, so none can be swapped in
 between check and use.
 
-    research.toml            options of the study
     journal.jsonl            the truth (jaxlab.research.journal)
     plans/<n>.json           pre-registered plans and their amendments
     runs/<id>/               spec.json metrics.jsonl stdout.log process.json result.json
@@ -13,7 +12,6 @@ between check and use.
     agents/<name>/           what an agent wrote for itself
     blobs/<sha256>           long tool results and other bodies
     inbox/{new,cur}/ outbox/ messages from and to people
-    state/                   derived, may be deleted
 """
 
 import contextlib
@@ -43,7 +41,6 @@ FOLDERS = (
     "inbox/new",
     "inbox/cur",
     "outbox",
-    "state",
 )
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
