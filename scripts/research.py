@@ -300,13 +300,12 @@ def _usage(usage: dict[str, Any]) -> str:
 def _verify(workspace: str) -> None:
     from jaxlab.research.verify import verify
 
-    failed = [r for r in verify(workspace) if not r.ok]
-    for result in failed:
-        for finding in result.findings:
-            print(f"{result.gate}: {finding}", file=sys.stderr)
-    if failed:
+    report = verify(workspace)
+    if not report.ok:
+        print("\n".join(report.findings), file=sys.stderr)
         sys.exit(4)
-    print("everything was recomputed and agrees")
+    told = f"{report.facts} facts, {len(report.numbers)} numbers, {report.runs} runs"
+    print(f"everything was computed again and agrees: {told}")
 
 
 def _agents() -> None:

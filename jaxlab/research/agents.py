@@ -9,8 +9,9 @@ Where the tools live (each module has a tuple `TOOLS`):
 | --- | --- |
 | driver | delegate, finish |
 | notes | list_files, read, write, note, past_findings |
-| questions | read_question, follow_up |
-| experiments | propose_plan, amend_plan, run_plan, run_status, run_log, cancel_runs |
+| questions, next_plan | read_question, follow_up |
+| plans | propose_plan, amend_plan |
+| experiments | run_plan, run_status, run_log, cancel_runs |
 | facts | compute_facts, list_facts |
 | figures | make_figures |
 | paper | draft_section, set_section, cite, compile_paper |

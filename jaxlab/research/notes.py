@@ -15,6 +15,15 @@ from jaxlab.research.workspace import Workspace
 
 LONGEST = 16_000
 PAST = "notes/past_findings.md"
+RECORD = (
+    "spec.json",
+    "run.json",
+    "config.json",
+    "versions.json",
+    "metrics.jsonl",
+    "stdout.log",
+    "result.json",
+)
 
 
 @tool("pure")
@@ -121,6 +130,35 @@ def summary_of(root: str | Path) -> dict[str, Any]:
         "notes": [{"study": str(folder), **n} for n in study.notes],
         "runs": [ref.json() for ref in runs],
     }
+
+
+def adopt(ws: Workspace, past: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Takes finished runs of earlier studies over, so that they are not made again.
+
+    A run is known by the hash of its spec, code and data, so it is the same run here;
+    its record is copied and must be what the earlier study ended with.
+
+    Args:
+        ws: the new workspace.
+        past: what `summary_of` told of the earlier ones.
+
+    Returns:
+        references of what was taken over, with the study.
+    """
+    taken = []
+    for study in past:
+        old = Workspace(Path(study["study"]))
+        for row in study["runs"]:
+            run, ref = row["id"], Ref(**row)
+            if ws.exists(f"runs/{run}/result.json"):
+                continue
+            old.check(ref)
+            for name in RECORD:  # the result last: it is what makes a run finished
+                path = f"runs/{run}/{name}"
+                if old.exists(path):
+                    ws.write_bytes(path, old.read_bytes(path))
+            taken.append({**row, "study": study["study"]})
+    return taken
 
 
 def _words(text: str) -> set[str]:

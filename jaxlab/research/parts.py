@@ -22,7 +22,6 @@ than what their specs say.
 import dataclasses
 import importlib
 import importlib.metadata
-import importlib.util
 
 from jaxlab.errors import UserError
 from jaxlab.research import agents
@@ -34,6 +33,7 @@ GROUP = "jaxlab.research"
 MODULES = (
     "notes",
     "questions",
+    "next_plan",
     "plans",
     "experiments",
     "facts",
@@ -76,9 +76,7 @@ def builtin_parts() -> Parts:
     for spec in agents.AGENTS:
         parts.agent(spec)
     for name in MODULES:
-        full = f"jaxlab.research.{name}"
-        if importlib.util.find_spec(full):
-            parts.tool(*getattr(importlib.import_module(full), "TOOLS", ()))
+        parts.tool(*importlib.import_module(f"jaxlab.research.{name}").TOOLS)
     for name, rule in rules.RULES.items():
         parts.rule(name, rule)
     return parts

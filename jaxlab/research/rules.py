@@ -30,7 +30,9 @@ def manager(view: View) -> Step:
             text = f"Message {said.id} from a person is not understood by the rule "
             text += f"policy, and is recorded: {said.text[:300]}"
             return view.call("note", text=text, type="question")
-    for agent, task in TASKS:
+    known = {agent for agent, _ in TASKS}
+    others = [(agent, OTHERS) for agent in view.agents if agent not in known]
+    for agent, task in (*TASKS[:2], *others, *TASKS[2:]):
         if not _went(view, agent, since=_last_experiment(view)):
             return _delegate(view, agent, task)
     refused = [d for d in view.done if d.tool == "finish"]
@@ -52,6 +54,7 @@ TASKS = (
     ("proofreader", "Read the compiled paper once more."),
     ("reviewer", "Review the paper against its evidence."),
 )
+OTHERS = "Do your part with these runs, before the paper is written."
 AGAIN = "Do your part again: the gates have findings."
 
 
@@ -85,7 +88,8 @@ def experiment(view: View) -> Step:
         if asked:
             text = f"Cannot be done by the rule policy: {asked} ({why})"
             return view.call("note", text=text[:1500], type="question")
-        return view.finish(f"{why}. {_handled(view)}"[:1100], _papers(view))
+        refs = [*_papers(view), *view.refs("run")[-8:]]
+        return view.finish(f"{why}. {_handled(view)}"[:1100], refs)
     if last.tool == "run_plan" and data.get("waiting"):
         return view.call("run_plan", plan=last.args["plan"])
     return view.call("follow_up", register_plan=True)
@@ -153,7 +157,8 @@ def _compiled(view: View) -> Step:
 
 
 def _delegate(view: View, agent: str, task: str) -> Step:
-    refs = [vars(r) for r in view.refs("file") if r.sha256][-4:]
+    files = [r for r in view.refs("file") if r.sha256][-4:]
+    refs = [vars(r) for r in (*files, *view.refs("run")[-4:])]
     refs = [{k: v for k, v in r.items() if v is not None} for r in refs]
     return view.call("delegate", agent=agent, task=task, refs=refs)
 

@@ -73,6 +73,7 @@ def run(
         "past": [notes.summary_of(folder) for folder in past],
     }
     ws = open_workspace(workspace, make=True, secrets=_secrets(model))
+    every["taken_over"] = notes.adopt(ws, every["past"])
     return _drive(ws, question, every, model, settings, parts, gates, say, fsync)
 
 
@@ -127,7 +128,7 @@ def replay(
     kept = {
         k: v
         for k, v in study.options.items()
-        if k not in ("ask", "settings", "past", "model")
+        if k not in ("ask", "settings", "past", "taken_over", "model")
     }
     settings = made(Settings, study.options["settings"])
     past = tuple(p["study"] for p in study.options["past"])
