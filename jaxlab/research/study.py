@@ -252,14 +252,13 @@ def _drive(
     parts = parts or load_parts()
     if options.get("allow_code"):
         _allow_code(parts)
-    if gates is None:
-        gates = importlib.import_module("jaxlab.research.gates").run_gates
+    judge = gates or importlib.import_module("jaxlab.research.gates").run_gates
     journal_path = ws.root / "journal.jsonl"
     with open_journal(journal_path, clean=ws.clean, fsync=fsync) as journal:
         policy = make_policy(parts.rules)
         with opened(model, policy, journal.events) as backend:
             driver = Driver(
-                ws, journal, parts.agents, parts.tools, backend, gates, settings, say
+                ws, journal, parts.agents, parts.tools, backend, judge, settings, say
             )
             return driver.drive(question, options)
 
