@@ -299,7 +299,7 @@ def test_approval(tmp_path, autonomy):
         return
     assert ending.code == 5 and "research.py approve s0.0.0" in ending.why
     say(folder, "", command="approve", target="s0.0.0")
-    settings = dataclasses.replace(settings, patience=60)
+    settings = dataclasses.replace(settings, patience=60.0)
     thread, box = in_background(folder, "a", settings=settings)
     wait_for(folder, "approval_request", 2)
     say(folder, "", command="deny", target="s1.0.0")

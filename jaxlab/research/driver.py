@@ -130,10 +130,8 @@ class Driver:
             return self._end(0, "done", root.summary)
         except BudgetSpent as stop:
             self._end_jobs()
-            told = partial_report(
-                self.tools, self._context("driver", Call("c", "", {}))
-            )
-            self._append("driver", "closing", steps=told)
+            steps = partial_report(self.tools, self._context("driver", "closing"))
+            self._append("driver", "closing", steps=steps)
             return self._end(3, "budget", str(stop))
         except StoppedByPerson as stop:
             return self._end(3, "stopped", str(stop))

@@ -233,7 +233,7 @@ def check() -> str | None:
         inside.mkdir()
         outside.mkdir()
         (outside / "secret").write_text("secret")
-        quick = Limits(wall=20, cpu=10)
+        quick = Limits(wall=20.0, cpu=10)
         good = _run("open('mine', 'w').write('x'); print('fine')", inside, quick)
         if good.code != 0 or "fine" not in good.output:
             return f"a harmless program fails ({good.output.strip()[-200:]})"
