@@ -134,8 +134,14 @@ def draw(fault: str, scene: Scene, chance: random.Random) -> Victim:
 
 
 @contextlib.contextmanager
-def injected(fault: str, scene: Scene, victim: Victim) -> Iterator[None]:
-    """The fault, until the end of the block."""
+def injected(
+    fault: str,
+    scene: Scene,
+    victim: Victim,
+    mbit: float = SLOW_MBIT,
+    quota: float = QUOTA,
+) -> Iterator[None]:
+    """The fault, until the end of the block: of a link, or of a processor."""
     hosts, place = scene.hosts, scene.place
     links = [(place[i], place[j]) for i, j in victim.links]
     with contextlib.ExitStack() as stack:
@@ -149,9 +155,9 @@ def injected(fault: str, scene: Scene, victim: Victim) -> Iterator[None]:
         elif links:
             for link in links:
                 stack.callback(hosts.restore, link)
-                hosts.slow(link, SLOW_MBIT)
+                hosts.slow(link, mbit)
         elif fault == "throttle":
-            stack.enter_context(throttled(scene.pids[victim.ranks[0]]))
+            stack.enter_context(throttled(scene.pids[victim.ranks[0]], quota))
         elif victim.ranks:
             number = {"stop": signal.SIGSTOP, "stuck": signal.SIGUSR1}
             pid = scene.pids[victim.ranks[0]]
@@ -162,19 +168,19 @@ def injected(fault: str, scene: Scene, victim: Victim) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def throttled(pid: int) -> Iterator[None]:
-    """Gives a process `QUOTA` of one processor."""
+def throttled(pid: int, quota: float) -> Iterator[None]:
+    """Gives a process no more than that of one processor."""
     group = Path("/sys/fs/cgroup/cpu") / f"jaxlab-{os.getpid()}"
     period = 20_000  # microseconds
     try:
         group.mkdir(exist_ok=True)
         (group / "cpu.cfs_period_us").write_text(str(period))
-        (group / "cpu.cfs_quota_us").write_text(str(int(QUOTA * period)))
+        (group / "cpu.cfs_quota_us").write_text(str(int(quota * period)))
         (group / "cgroup.procs").write_text(str(pid))
     except OSError:
         with contextlib.suppress(OSError):
             group.rmdir()
-        with _stuttering(pid, period * 1e-6):
+        with _stuttering(pid, period * 1e-6, quota):
             yield
         return
     try:
@@ -191,13 +197,13 @@ def throttled(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stuttering(pid: int, period: float) -> Iterator[None]:
+def _stuttering(pid: int, period: float, quota: float) -> Iterator[None]:
     over = threading.Event()
 
     def stutter() -> None:
-        while not over.wait(QUOTA * period):
+        while not over.wait(quota * period):
             _signal(pid, signal.SIGSTOP)
-            time.sleep((1 - QUOTA) * period)
+            time.sleep((1 - quota) * period)
             _signal(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=stutter)
@@ -223,15 +229,20 @@ def scene(job: Job) -> Scene:
     place = tuple(
         job.hosts.names.index(row["slot"].rpartition(":")[0]) for row in ranks
     )
-    before = job.hosts.sent()
+    pids = tuple(row["pid"] for row in ranks)
+    return Scene(job.hosts, place, pids, ring(job.hosts, place))
+
+
+def ring(hosts: Hosts, place: Sequence[int]) -> tuple[Link, ...]:
+    """Ranks between which the job sends, as the interfaces count in half a second."""
+    before = hosts.sent()
     time.sleep(0.5)
-    rate = {link: sent - before[link] for link, sent in job.hosts.sent().items()}
-    used = [
+    rate = {link: sent - before[link] for link, sent in hosts.sent().items()}
+    return tuple(
         (i, j)
         for i, j in itertools.permutations(range(len(place)), 2)
         if rate[place[i], place[j]] > 0.25 * max(rate.values())
-    ]
-    return Scene(job.hosts, place, tuple(r["pid"] for r in ranks), tuple(used))
+    )
 
 
 def stepping(job: Job, least: int = 20) -> bool:

@@ -72,6 +72,18 @@ def test_communication_that_has_grown_blames_no_rank(before, times):
     assert 0.5 <= found.confidence <= 1
 
 
+@given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(1.0, 4.0))
+def test_a_rank_that_is_slow_in_collectives_as_well_is_to_blame(
+    before, rank, times, part
+):
+    """As one that gets less of its processor: its part of the collective is late too."""
+    n = before.local.shape[1]
+    more = np.zeros(n)
+    more[rank % n] = times * np.median(before.step)
+    found = compare(before, grown(before, more, part * float(more.max())))
+    assert (found.kind, found.ranks) == (Kind.NONCOMM_SLOW, (rank % n,))
+
+
 @given(HEALTHY, st.floats(1.0, 20.0))
 def test_work_that_has_grown_everywhere_blames_nobody(before, times):
     more = times * float(np.median(before.step))

@@ -87,12 +87,23 @@ def test_slow_communication_is_looked_at_and_then_steered_around():
     assert action.kind == "profile"
     job, action = after(found(Kind.COMM_SLOW, scope="none"), 1, job, slowdown=3.0)
     assert action.kind == "probe"
+    # A probe answers once: what it names is confirmed by the suspicion before it.
     link = found(Kind.COMM_SLOW, (), ((1, 2),), "point")
-    _, action = after(link, 2, job, slowdown=3.0)
+    _, action = after(link, 1, job, slowdown=3.0)
     assert action.kind == "reorder" and action.links == ((1, 2),)
     node = found(Kind.COMM_SLOW, (2,), (), "row")
-    _, action = after(node, 2, job, slowdown=3.0)
+    _, action = after(node, 1, job, slowdown=3.0)
     assert action.kind == "restart" and action.evict == (SLOTS[2],)
+
+
+def test_a_slow_rank_that_a_profile_names_is_left_out_at_once():
+    job, action = after(found(Kind.COMM_SLOW, scope="none"), slowdown=3.0)
+    assert action.kind == "profile"
+    _, action = after(found(Kind.NONCOMM_SLOW, (2,)), 1, job, slowdown=3.0)
+    assert action.kind == "restart" and action.evict == (SLOTS[2],)
+    # Unasked, it is a suspicion of its own.
+    job, _ = after(found(Kind.COMM_SLOW, scope="none"), 1)
+    assert after(found(Kind.NONCOMM_SLOW, (2,)), 1, job)[1].kind == "continue"
 
 
 @pytest.mark.parametrize("slowdown, kind", [(1.2, "continue"), (1.6, "restart")])

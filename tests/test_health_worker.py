@@ -172,18 +172,21 @@ def test_it_records_and_looks_when_asked(tmp_path):
     answers = loop(
         tmp_path,
         {
-            5: request("profile", 10, 1),
+            5: request("learn", 10, 1),
             20: "{",  # cut off while it is written
             21: request("probe", 30, 2),
             35: request("profile", 3, 3),  # of a step that is past
+            36: request("profile", 40, 4),
         },
     )
-    after_profile = 10 + look.STEPS - 1
+    learned, compared = (step + look.STEPS - 1 for step in (10, 40))
     assert {step: body["id"] for step, body in answers.items()} == {
-        after_profile: 1,
+        learned: 1,
         30: 2,
+        compared: 4,
     }
-    times = look.read(answers[after_profile])
+    assert look.read(answers[compared]).step.shape == (look.STEPS - 1, 1)
+    times = look.read(answers[learned])
     # One column a process, and this is one.
     assert times.step.shape == (look.STEPS - 1, 1)
     assert (times.step > 0).all() and (times.pure_comm > 0).all()
@@ -196,7 +199,7 @@ def test_it_records_and_looks_when_asked(tmp_path):
     assert [sample.step for sample in state.samples] == [*range(60)]
     judged = [s.step for s in state.samples if s.phase == Phase.STEP]
     # All but what was compiled: the first step is no measure of the others.
-    assert 0 not in judged and set(range(1, 60)) - set(judged) <= {1, 10, 30}
+    assert 0 not in judged and set(range(1, 60)) - set(judged) <= {1, 10, 30, 40}
     spent = np.array([s.t_exit - s.t_start for s in state.samples])
     assert (spent > 0).all()
 

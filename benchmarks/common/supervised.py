@@ -27,6 +27,8 @@ from common.namespaces import address
 from jaxlab.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+TOLD = 10
+"""steps between lines of `progress`: a step, and when it was done"""
 PORT = 7077
 """of the supervisor, in the head"""
 STEERING = dict(
@@ -44,8 +46,10 @@ class Work:
 
     width: int = 360
     """of the matrix of float32 that is trained, and exchanged in each step"""
-    rows: int = 64
+    rows: int = 320
     """of the batch of a rank"""
+    rest: float = 0.03
+    """seconds of each step in which the processor is free, as where a device works"""
     checkpoint: int = 200
     """steps between checkpoints"""
     evaluation: int = 0
@@ -106,14 +110,18 @@ def work(folder: Path, todo: Work) -> None:
             with np.load(saved) as state:
                 w, first = state["w"], int(state["step"]) + 1
         w, last, x = jnp.asarray(w), None, batch(todo.rows)
+        told = open(folder / "progress", "a") if rank == 0 else None  # noqa: SIM115
         for step in range(first, 10**9):
             health.step(step)
             if todo.recompile and step % todo.recompile == 0:
                 x = batch(todo.rows + step // todo.recompile % 1000)
+            time.sleep(todo.rest)
             w, metric = step_fn(w, x)
             if last is not None:
                 last.block_until_ready()
             last = metric
+            if told and step % TOLD == 0:
+                print(step, time.time(), file=told, flush=True)
             if step % todo.checkpoint == 0:
                 with health.pause("checkpoint"):
                     _save(saved, rank, w=w, step=step)
@@ -195,18 +203,26 @@ def _reap(agents: list[subprocess.Popen]) -> None:
 # ------------------------------------------------------------- from the outside
 
 
+def environment() -> dict[str, str]:
+    """Of all processes of a job."""
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+
 class Job:
     """A supervised job, as who watches it from outside sees it."""
 
     def __init__(self, hosts: Hosts, folder: Path, todo: Work, ranks: int) -> None:
         """Describes it; `start` starts it. Hosts beyond `ranks` are spares."""
         self.hosts, self.folder, self._log = hosts, folder, folder / "log"
-        here = dict(zip(hosts.names, map(address, range(len(hosts.names)))))
+        here = {name: address(i) for i, name in enumerate(hosts.names)}
         spec: dict[str, Any] = dict(hosts=here, folder=str(folder), ranks=ranks)
         spec["todo"] = dataclasses.asdict(todo)
         path = folder / "spec.json"
         me = [sys.executable, str(Path(__file__).resolve())]
-        spec["command"] = [*me, "work", str(folder), str(path)]
+        self.command = [*me, "work", str(folder), str(path)]
+        spec["command"] = self.command
         path.write_text(json.dumps(spec))
         inside = ["ip", "netns", "exec", hosts.head, *me, "supervise", str(path)]
         if shutil.which("setpriv"):
@@ -217,12 +233,10 @@ class Job:
         """Starts the supervisor, and with it the job."""
         (self.folder / "job.json").unlink(missing_ok=True)
         (self.folder / "status.json").unlink(missing_ok=True)
-        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
                 self._command,
-                env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -255,6 +269,14 @@ class Job:
         with contextlib.suppress(FileNotFoundError):
             return json.loads((self.folder / "status.json").read_text())
         return {}
+
+    def progress(self) -> list[tuple[int, float]]:
+        """Steps, and when they were done; a restart does some again."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.folder / "progress").read_text().splitlines()
+            rows = [line.split() for line in lines]
+            return [(int(r[0]), float(r[1])) for r in rows if len(r) == 2]
+        return []
 
     def wait(self, done: Callable[[], Any], seconds: float, what: str) -> Any:
         """What `done` says once it is true.

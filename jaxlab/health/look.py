@@ -5,6 +5,10 @@ where. The supervisor then asks all ranks to look, from one step on: they profil
 steps (`profile`), or probe the links (`probe`). Both need all ranks at the same step,
 so a request names one that lies ahead; a rank that is told too late makes the others
 wait, which the supervisor sees as a hang and ends as one.
+
+A healthy profile comes first (`learn`): each rank keeps it and, as all have the same,
+all see alike whether the communication has grown; then the links are probed at once,
+by programs that were compiled when they learned.
 """
 
 import contextlib
@@ -25,10 +29,16 @@ from jaxlab.health.profile import collective_times, profiled
 from jaxlab.health.record import Recorder
 from jaxlab.health.reports import told_delays
 
+KINDS = ("learn", "profile", "probe")
 STEPS = 6
 """steps that are profiled, one of which only says when the next began"""
 SHARE = 0.5
 """part of what a step has become longer by that its cause must explain"""
+OWN = 0.15
+"""the same of the work of a rank: a rank that has become slow is slow in collectives as
+well, but no link makes the work of one rank longer than that of the others"""
+APART = 2.0
+"""times that its work must have grown by what that of any other rank has"""
 
 
 class Looks:
@@ -42,6 +52,8 @@ class Looks:
         self._due: dict[str, Any] | None = None
         self._profile: contextlib.ExitStack | None = None
         self._found: list[Any] = []
+        self._asked: dict[str, Any] = {}
+        self._healthy: Times | None = None
         self._left = 0
 
     def wrap(self, step_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,16 +79,14 @@ class Looks:
         self._due = None
         if self._recorder.current > due["step"]:
             return  # of an earlier generation: nobody takes it up
-        if due["kind"] == "profile":
-            jax.block_until_ready(args)
-            self._profile, self._left = contextlib.ExitStack(), STEPS
-            self._found = self._profile.enter_context(profiled())
-            self._id = due["id"]
-        else:
-            jax.block_until_ready(args)
+        jax.block_until_ready(args)
+        if due["kind"] == "probe":
             with self._recorder.phase(Phase.OTHER):
                 delay = ppermute_probe(one_device_each())
             self._tell(due["id"], {"delay": told_delays(delay)})
+            return
+        self._profile, self._left, self._asked = contextlib.ExitStack(), STEPS, due
+        self._found = self._profile.enter_context(profiled())
 
     def _after(self, out: Any) -> None:
         if self._profile is None:
@@ -89,12 +99,20 @@ class Looks:
             self._profile.close()
             self._profile = None
             try:
-                times = collective_times(self._found[0]).per_process()
+                found = collective_times(self._found[0]).per_process()
             except ValueError as error:  # a program without collectives, say
-                self._tell(self._id, {"failed": str(error)})
+                self._tell(self._asked["id"], {"failed": str(error)})
                 return
-        found = {name: getattr(times, name).tolist() for name in Times._fields}
-        self._tell(self._id, found)
+            times = Times(*(getattr(found, name) for name in Times._fields))
+            told = {name: x.tolist() for name, x in times._asdict().items()}
+            if self._asked["kind"] == "learn":
+                self._healthy = times
+                ppermute_probe(one_device_each(), reps=1, retries=0)  # compiles
+            elif self._healthy is not None:
+                if compare(self._healthy, times).kind == Kind.COMM_SLOW:
+                    delay = ppermute_probe(one_device_each())
+                    told["delay"] = told_delays(delay)
+        self._tell(self._asked["id"], told)
 
     def _tell(self, number: int, found: dict[str, Any]) -> None:
         if jax.process_index() == 0:
@@ -104,7 +122,7 @@ class Looks:
 def _checked(text: str) -> dict[str, Any] | None:
     """A request, or None."""
     found = json.loads(text)
-    if not isinstance(found, Mapping) or found.get("kind") not in ("profile", "probe"):
+    if not isinstance(found, Mapping) or found.get("kind") not in KINDS:
         return None
     return {**found, "step": int(found["step"]), "id": int(found["id"])}
 
@@ -151,7 +169,8 @@ def compare(before: Times, now: Times) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
     A rank is to blame if its own work has grown, beyond what the others' has, by at
-    least half of what the step has; the communication, if that has. Medians over steps.
+    least `OWN` of what the step has; else the communication, if that has grown by at
+    least `SHARE` of it. Medians over steps.
 
     Args:
         before: healthy, one column a rank.
@@ -170,12 +189,14 @@ def compare(before: Times, now: Times) -> Diagnosis:
         others = [np.median(np.delete(local, i)) for i in range(len(local))]
         own = local - np.array(others)
     comm = float(median(now.pure_comm) - median(before.pure_comm))
-    ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
+    grown = own > OWN * longer
+    grown &= own > APART * own[~grown].max(initial=0.0)
+    ranks = tuple(int(i) for i in np.flatnonzero(grown))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
     if ranks:
         most = float(own[list(ranks)].max())
         text += f", and by {most * 1e3:.3g} ms the own work of rank {few(ranks)}"
-        certain = 1 - SHARE * longer / (2 * most)
+        certain = 1 - OWN * longer / (2 * most)
         return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
     if comm > SHARE * longer:
         text += f", the communication by {comm * 1e3:.3g} ms"

@@ -154,7 +154,7 @@ def ppermute_probe(
         devices of the mesh, in its order.
       rounds: the pairs to measure; None: all, by `schedule`.
       retries: how often, at most, rounds with a pair above twice the median are
-        measured again, `reps` times each.
+        measured again, `reps` times each; until none of these gets faster.
 
     Returns:
       delay [n, n] in seconds, float64, from row to column, equal in all processes;
@@ -234,7 +234,9 @@ def ppermute_probe(
             if not suspect:
                 break
             measure(suspect, reps, threads)
-            delay = gathered()
+            before, delay = delay, gathered()
+            if not (delay < 0.8 * before)[high].any():
+                break  # it was no noise
     return delay
 
 

@@ -245,7 +245,7 @@ class Roster:
         for agent in self.agents.values():
             self._channel.send(kind, body, agent.sender)
 
-    def probe(self, seconds: float = 2.0) -> np.ndarray:
+    def probe(self, seconds: float = 1.0) -> np.ndarray:
         """Delay between the ranks' hosts, by connections of the agents' own.
 
         Returns:

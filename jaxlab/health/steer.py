@@ -82,6 +82,7 @@ class Action(NamedTuple):
 
 
 CONTINUE = Action("continue")
+SLOW = {Kind.NONCOMM_SLOW, Kind.COMM_SLOW}
 
 
 def decide(
@@ -131,14 +132,17 @@ def decide(
 
 def _suspect(job: Job, diagnosis: Diagnosis, now: float) -> Job:
     before = job.suspicion
-    same = before is not None and (before[0].kind, before[0].ranks) == (
-        diagnosis.kind,
-        diagnosis.ranks,
-    )
-    if before is None or not same:
-        asked = job.asked if before and before[0].kind == diagnosis.kind else ""
-        return job._replace(suspicion=(diagnosis, now, 1), asked=asked)
-    return job._replace(suspicion=(diagnosis, before[1], before[2] + 1))
+    if before is None:
+        return job._replace(suspicion=(diagnosis, now, 1), asked="")
+    last, since, seen = before
+    same = (last.kind, last.ranks) == (diagnosis.kind, diagnosis.ranks)
+    # What a closer look names confirms the suspicion that it was asked for.
+    alike = last.kind == diagnosis.kind or {last.kind, diagnosis.kind} <= SLOW
+    named = bool(diagnosis.ranks or diagnosis.links)
+    if same or (job.asked and alike and named):
+        return job._replace(suspicion=(diagnosis, since, seen + 1))
+    asked = job.asked if last.kind == diagnosis.kind else ""
+    return job._replace(suspicion=(diagnosis, now, 1), asked=asked)
 
 
 def _slow(job, diagnosis, now, step, slowdown, config) -> tuple[Job, Action]:

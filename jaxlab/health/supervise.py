@@ -36,7 +36,7 @@ from jaxlab.health.worker import SMALLER
 
 CURVES = 5.0
 """seconds of steps that make one point of the curves"""
-AHEAD = 2.0
+AHEAD = 1.0
 """seconds until the step from which ranks look, so that all are told in time"""
 TAKEOVER = 5.0
 """seconds in which agents that are there find a new supervisor"""
@@ -206,7 +206,7 @@ class Supervisor:
         if diagnosis.kind == Kind.HEALTHY:
             answered = self._answered()
             if answered is None:
-                if now - self._windowed < 0.5:
+                if now - self._windowed < 0.25:
                     return None
                 self._windowed = now
                 answered = self._paced(now)
@@ -261,7 +261,7 @@ class Supervisor:
         ready = self._baseline.center is not None
         alone = len(self._job.members) == 1
         if ready and self._healthy is None and not (alone or self._blind):
-            self._ask("profile", now)
+            self._ask("learn", now)
         return diagnosis
 
     def _act(self, diagnosis: Diagnosis, board: Board, now: float) -> int | None:
@@ -383,16 +383,25 @@ class Supervisor:
             self._journal.event("blind", text=f"no profile: {body['failed']}")
             return None
         if kind == "probe":
-            self._delay = reports.read_delays(body["delay"])
-            self._journal.matrix(self._goodput.step, self._delay)
-            return matrix.classify_matrix(self._delay)
+            return self._links(body)
         times = look.read(body)
-        if self._healthy is None:
+        if kind == "learn" or self._healthy is None:
             self._healthy = times
             text = f"knows a healthy step, {1e3 * self._baseline.step:.3g} ms"
             self._journal.event("learned", self._goodput.step, text)
             return None
-        return look.compare(self._healthy, times)
+        found = look.compare(self._healthy, times)
+        if found.kind == Kind.COMM_SLOW and "delay" in body:
+            links = self._links(body)
+            found = links._replace(evidence=f"{found.evidence}; {links.evidence}")
+        self._journal.event("looked", self._goodput.step, str(found))
+        return found
+
+    def _links(self, body: Mapping[str, Any]) -> Diagnosis:
+        """What a probe says of them."""
+        self._delay = reports.read_delays(body["delay"])
+        self._journal.matrix(self._goodput.step, self._delay)
+        return matrix.classify_matrix(self._delay)
 
     def _probe_hosts(self, diagnosis: Diagnosis) -> Diagnosis:
         """Which links carry nothing, by the agents' own connections."""
