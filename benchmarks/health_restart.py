@@ -218,7 +218,9 @@ def config_file(folder: Path, options: Options) -> Path:
         model=config.GPT(layers=options.layers, width=options.width, heads=2),
         data=config.Data(corpus="stdlib", cache=str(folder / "cache")),
         evaluate=config.Evaluate(every=10**6),
-        checkpoint=config.Checkpoint(every=options.every),
+        checkpoint=config.Checkpoint(
+            every=options.every, snapshot_seconds=options.snapshot_seconds
+        ),
         sample=config.Sample(tokens=0),
     )
     path = folder / "run.json"

@@ -122,7 +122,8 @@ STALLS = {
         (1, 2),
         "rank",
     ),
-    "all stuck": (board([7, 7, 7]), Kind.NONCOMM_HANG, (0, 1, 2), "all"),
+    "all pause": (board([7, 7, 7], age=5.9), Kind.HEALTHY, (), "none"),
+    "all stuck": (board([7, 7, 7], age=6.1), Kind.NONCOMM_HANG, (0, 1, 2), "all"),
     "link cut": (board([104] * 4, [103] * 4), Kind.COMM_HANG, (), "none"),
     "link cut, staggered exits: rank 1 is behind and not to blame": (
         board([104, 103, 104, 104], [103, 102, 103, 103]),
@@ -172,7 +173,7 @@ STALLS = {
         (),
         "none",
     ),
-    "one rank, outside": (board([9]), Kind.NONCOMM_HANG, (0,), "rank"),
+    "one rank, outside": (board([9], age=6.1), Kind.NONCOMM_HANG, (0,), "rank"),
     "one rank, inside": (board([9], [8]), Kind.NONCOMM_HANG, (0,), "rank"),
     "one rank, runs": (board([9], [8], age=1.4), Kind.HEALTHY, (), "none"),
     "two ranks, one outside": (

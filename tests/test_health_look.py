@@ -76,7 +76,7 @@ def test_communication_that_has_grown_blames_no_rank(before, times):
 def test_a_rank_that_is_slow_in_collectives_as_well_is_to_blame(
     before, rank, times, part
 ):
-    """As one that gets less of its processor: its part of the collective is late too."""
+    """As one that gets less of its processor: it is late in its part of them."""
     n = before.local.shape[1]
     more = np.zeros(n)
     more[rank % n] = times * np.median(before.step)

@@ -1,5 +1,6 @@
 """The board of a rank, the recorder that writes it, and profiles of programs."""
 
+import gc
 import itertools
 import json
 import os
@@ -92,6 +93,31 @@ def test_a_phase_is_no_time_of_a_step(recorder, clock):
     recorder.exit()
     (sample,) = read_board(recorder.path, since=0).samples
     assert sample == RankSample(0, 155.0, 156.0, 157.0, Phase.STEP)
+
+
+def test_collecting_garbage_is_a_pause_that_is_told(recorder, clock):
+    seen = []
+
+    class Garbage:
+        def __init__(self):
+            self.ring = self
+
+        def __del__(self):
+            seen.append(read_board(recorder.path).phase)
+
+    def collect(generation):
+        Garbage()
+        gc.collect(generation)
+        return seen.pop(), read_board(recorder.path).phase
+
+    gc.collect()
+    recorder.step(0)
+    with recorder.tell_collections():
+        assert collect(2) == (Phase.OTHER, Phase.STEP)
+        assert collect(1) == (Phase.STEP, Phase.STEP)  # is short
+        with recorder.phase(Phase.CHECKPOINT):
+            assert collect(2) == (Phase.CHECKPOINT, Phase.CHECKPOINT)
+    assert collect(2) == (Phase.STEP, Phase.STEP)
 
 
 def test_running_ahead_of_a_device_that_hangs_is_no_progress(recorder, clock):

@@ -139,14 +139,12 @@ def test_too_many_evictions_within_an_hour_restart_the_same_slots():
 def test_it_gives_up_where_nothing_advances():
     job, config = JOB, SteerConfig(without_progress=3, crashes=99)
     for i in range(3):
-        job, action = after(
-            found(Kind.CRASH, (0,)), 1, job, 7, config=config, now=float(i)
-        )
+        job, action = after(crash, 1, job, 7, config=config, now=float(i))
         assert action.kind == "restart"
         job = restarted(job, action, float(i), 7)
-    _, action = after(found(Kind.CRASH, (0,)), 1, job, 7, config=config, now=9.0)
+    _, action = after(crash, 1, job, 7, config=config, now=9.0)
     assert action.kind == "give_up" and "without a step more" in action.reason
-    _, action = after(found(Kind.CRASH, (0,)), 1, job, 8, config=config, now=9.0)
+    _, action = after(crash, 1, job, 8, config=config, now=9.0)
     assert action.kind == "restart"
 
 

@@ -160,6 +160,9 @@ class DetectConfig:
     """seconds without progress before a step can be a stall"""
     stall_factor: float = 12.0
     """times the median step without progress before it is a stall"""
+    stall_alone: float = 4.0
+    """times as long while no rank waits for another: all pause alike, as on a host that
+    is overloaded"""
     stall_first: float = 60.0
     """seconds before it is a stall while the median step is not known"""
     silent_after: float = 1.0
@@ -397,6 +400,8 @@ def detect_stall(
     idle = awake & ~inside
     pausing = idle & ~overdue & (board.phase != Phase.STEP)
     hung = idle & overdue
+    if not inside.any() and (age < cfg.stall_alone * limits)[idle].all():
+        hung[:] = False
     if not inside.any() and pausing.any():
         hung[:] = False  # may well wait for those who pause, at a barrier of the host
     if inside.any() and (overdue | ~inside)[awake].all() and not idle.any():

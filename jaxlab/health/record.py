@@ -22,6 +22,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import gc
 import itertools
 import queue
 import threading
@@ -87,7 +88,7 @@ class Recorder:
         self._watchers: list[_Watcher] = []
         now = self._begin = clock()
         self._state = State(now, now, 0, 0, -1, Phase.STARTING, 0)
-        self._numbered = False
+        self._numbered = self._collecting = False
         self._map = create(self.path, rank, ring)
         self._publish()
         self._thread = threading.Thread(
@@ -131,6 +132,28 @@ class Recorder:
             yield
         finally:
             self._change(before)
+
+    @contextlib.contextmanager
+    def tell_collections(self) -> Iterator[None]:
+        """Says when Python collects all its garbage, as a pause of its own."""
+
+        def told(moment: str, info: dict[str, int]) -> None:
+            if info["generation"] < 2:
+                return
+            with self._lock:
+                if moment == "start" and self._state.phase == Phase.STEP:
+                    self._collecting = True
+                    self._change(Phase.OTHER)
+                elif moment == "stop" and self._collecting:
+                    self._collecting = False
+                    if self._state.phase == Phase.OTHER:
+                        self._change(Phase.STEP)
+
+        gc.callbacks.append(told)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(told)
 
     def step(self, step: int) -> None:
         """Says which step comes next."""

@@ -84,5 +84,8 @@ def monitor() -> Iterator[Monitor]:
         return
     from jaxlab.health.record import Recorder
 
-    with Recorder(path, int(os.environ.get("JAX_PROCESS_ID", 0))) as recorder:
+    with contextlib.ExitStack() as stack:
+        rank = int(os.environ.get("JAX_PROCESS_ID", 0))
+        recorder = stack.enter_context(Recorder(path, rank))
+        stack.enter_context(recorder.tell_collections())
         yield _Supervised(recorder, Path(path).parent)
