@@ -272,7 +272,7 @@ def inject(job: Job, fault: str, seed: int, options: Options) -> dict[str, Any]:
     job.wait(lambda: stepping(job), 120, "steps")
     if fault in SLOW:
         job.wait(lambda: learned(job), 120, "profile of healthy steps")
-    time.sleep(chance.uniform(2, 8))
+    time.sleep(chance.uniform(1, 4))
     job.wait(lambda: stepping(job), 120, "steps")
     stage = scene(job)
     victim = draw(fault, stage, chance)

@@ -61,6 +61,9 @@ from health_campaign import (
 from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import ConfigError, UserError
 
+TODO = Work(rest=0.1)
+MBIT, QUOTA = 25.0, 0.05
+"""of a slow link, and of a throttled rank: a step takes about twice as long"""
 ARMS = ("quiet", "supervised", "plain")
 FAULTS = tuple(kind for kind in KINDS if kind != "clean")
 
@@ -107,7 +110,9 @@ class Plain(NamedTuple):
             with open(self.job.folder / f"rank{rank}.log", "ab") as log:
                 process = subprocess.Popen(
                     ["setpriv", "--pdeathsig", "KILL", *inside],
-                    env=environment() | told | {"JAX_PROCESS_ID": str(rank)},
+                    env=environment(self.job.folder)
+                    | told
+                    | {"JAX_PROCESS_ID": str(rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -177,7 +182,7 @@ def watched(job: Job, fault: str, chance: random.Random, end: float) -> dict[str
         return {"skipped": True}
     stage = scene(job)
     victim, began = draw(fault, stage, chance), time.time()
-    with injected(fault, stage, victim):
+    with injected(fault, stage, victim, MBIT, QUOTA):
         while time.time() < end:
             seen = [event["event"] for event in job.events(began)]
             if "recovered" in seen or "give_up" in seen:
@@ -197,7 +202,7 @@ def arm(options: Options, hosts: Hosts, folder: Path) -> Iterator[Any]:
     """The job; what is given runs one slot from `begin`."""
     todo = slots(options)
     if options.arm != "plain":
-        with running(hosts, folder, Work(), RANKS) as job:
+        with running(hosts, folder, TODO, RANKS) as job:
             job.wait(lambda: stepping(job), 180, "steps")
 
             def with_c4(index: int, begin: float) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def arm(options: Options, hosts: Hosts, folder: Path) -> Iterator[Any]:
 
             yield job, with_c4
         return
-    job = Job(hosts, folder, Work(), RANKS)
+    job = Job(hosts, folder, TODO, RANKS)
     plain = Plain(hosts, job, [])
     plain.start()
     try:
@@ -228,7 +233,7 @@ def arm(options: Options, hosts: Hosts, folder: Path) -> Iterator[Any]:
             restarts = plain.watch(begin + delay)
             stage = plain.scene()
             victim = draw(fault, stage, random.Random(f"{options.seed} {index}"))
-            with injected(fault, stage, victim):
+            with injected(fault, stage, victim, MBIT, QUOTA):
                 restarts += plain.watch(end)
             stood = plain.standing()
             if stood:

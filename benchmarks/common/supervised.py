@@ -203,11 +203,17 @@ def _reap(agents: list[subprocess.Popen]) -> None:
 # ------------------------------------------------------------- from the outside
 
 
-def environment() -> dict[str, str]:
-    """Of all processes of a job."""
+def environment(folder: Path) -> dict[str, str]:
+    """Of all processes of a job; a restart finds its programs compiled."""
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     path = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 class Job:
@@ -236,7 +242,7 @@ class Job:
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
                 self._command,
-                env=environment(),
+                env=environment(self.folder),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
