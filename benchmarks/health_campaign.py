@@ -11,8 +11,8 @@ is injected into the running job, with a victim and a moment drawn from the seed
 are drawn from those which the job's ring uses, in the direction in which it does, as
 the interfaces' counters show. Nothing tells the supervisor. Classes:
 
-- `throttle`: a rank's process gets a tenth of one processor (a cgroup's quota, or
-  signals that stop it nine tenths of the time).
+- `throttle`: a rank's process gets a twentieth of one processor (a cgroup's quota, or
+  signals that stop it most of the time), a third of what it needs.
 - `slow_link`: a link carries a twentieth, in the direction that the ring uses;
   `slow_link_both`: in both.
 - `slow_out`, `slow_in`: the same of all that a host sends, or receives.
@@ -71,7 +71,7 @@ KINDS = {
 }
 SLOW = ("throttle", "slow_link", "slow_link_both", "slow_out", "slow_in", "clean")
 RANKS, HEALTHY_MBIT, SLOW_MBIT = 4, 1000.0, 50.0
-QUOTA = 0.1
+QUOTA = 0.05
 """of one processor, of a throttled rank"""
 ACTIONS = ("restart", "reorder", "resigned", "give_up")
 
@@ -171,7 +171,7 @@ def injected(
 def throttled(pid: int, quota: float) -> Iterator[None]:
     """Gives a process no more than that of one processor."""
     group = Path("/sys/fs/cgroup/cpu") / f"jaxlab-{os.getpid()}"
-    period = 20_000  # microseconds
+    period = 50_000  # microseconds
     try:
         group.mkdir(exist_ok=True)
         (group / "cpu.cfs_period_us").write_text(str(period))
@@ -272,7 +272,7 @@ def inject(job: Job, fault: str, seed: int, options: Options) -> dict[str, Any]:
     job.wait(lambda: stepping(job), 120, "steps")
     if fault in SLOW:
         job.wait(lambda: learned(job), 120, "profile of healthy steps")
-    time.sleep(chance.uniform(1, 4))
+    time.sleep(chance.uniform(4, 8) if fault in SLOW else chance.uniform(1, 4))
     job.wait(lambda: stepping(job), 120, "steps")
     stage = scene(job)
     victim = draw(fault, stage, chance)

@@ -46,9 +46,9 @@ class Work:
 
     width: int = 360
     """of the matrix of float32 that is trained, and exchanged in each step"""
-    rows: int = 320
+    rows: int = 160
     """of the batch of a rank"""
-    rest: float = 0.03
+    rest: float = 0.06
     """seconds of each step in which the processor is free, as where a device works"""
     checkpoint: int = 200
     """steps between checkpoints"""
