@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxlab.health.detect import Kind
+from jaxlab.health.detect import Diagnosis, Kind
 from jaxlab.health.look import Looks, Times, compare, read
 from jaxlab.health.record import Recorder
 
@@ -72,16 +72,29 @@ def test_communication_that_has_grown_blames_no_rank(before, times):
     assert 0.5 <= found.confidence <= 1
 
 
-@given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(1.0, 4.0))
-def test_a_rank_that_is_slow_in_collectives_as_well_is_to_blame(
-    before, rank, times, part
-):
-    """As one that gets less of its processor: it is late in its part of them."""
+LINK = Diagnosis(Kind.COMM_SLOW, (), ((0, 1),), "point", "seen", 0.7)
+
+
+@given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(1.5, 3.5))
+def test_of_a_rank_and_a_link_the_surer_is_to_blame(before, rank, times, part):
+    """A rank that gets less of its processor is late in collectives as well."""
     n = before.local.shape[1]
     more = np.zeros(n)
     more[rank % n] = times * np.median(before.step)
-    found = compare(before, grown(before, more, part * float(more.max())))
-    assert (found.kind, found.ranks) == (Kind.NONCOMM_SLOW, (rank % n,))
+    now = grown(before, more, part * float(more.max()))
+    assert (compare(before, now).kind, compare(before, now).ranks) == (
+        Kind.COMM_SLOW,
+        (),
+    )
+    for links in (
+        Diagnosis(Kind.HEALTHY, confidence=1.0),
+        LINK._replace(confidence=0.5),
+    ):
+        found = compare(before, now, links)
+        assert (found.kind, found.ranks) == (Kind.NONCOMM_SLOW, (rank % n,))
+    for sure in (now, grown(before, 0.0, part * float(more.max()))):
+        found = compare(before, sure, LINK._replace(confidence=0.95))
+        assert found[:4] == LINK[:4] and "the communication by" in found.evidence
 
 
 @given(HEALTHY, st.floats(1.0, 20.0))

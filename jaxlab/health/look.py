@@ -35,10 +35,7 @@ STEPS = 6
 SHARE = 0.5
 """part of what a step has become longer by that its cause must explain"""
 OWN = 0.15
-"""the same of the work of a rank: a rank that has become slow is slow in collectives as
-well, but no link makes the work of one rank longer than that of the others"""
-APART = 2.0
-"""times that its work must have grown by what that of any other rank has"""
+"""the same of the work of a rank where a probe finds no link that is surer"""
 
 
 class Looks:
@@ -165,16 +162,19 @@ def read(body: Mapping[str, Any]) -> Times:
     return times
 
 
-def compare(before: Times, now: Times) -> Diagnosis:
+def compare(before: Times, now: Times, links: Diagnosis | None = None) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
     A rank is to blame if its own work has grown, beyond what the others' has, by at
-    least `OWN` of what the step has; else the communication, if that has grown by at
-    least `SHARE` of it. Medians over steps.
+    least `SHARE` of what the step has; else the communication, if that has, or both
+    together: a rank that gets less of its processor is late in its part of the
+    collectives too. Then a probe of the links decides, the surer of the two counts,
+    and for the rank `OWN` is enough. Medians over steps.
 
     Args:
         before: healthy, one column a rank.
         now: the same ranks.
+        links: what a probe says, where there was one.
     """
 
     def median(x):
@@ -189,18 +189,31 @@ def compare(before: Times, now: Times) -> Diagnosis:
         others = [np.median(np.delete(local, i)) for i in range(len(local))]
         own = local - np.array(others)
     comm = float(median(now.pure_comm) - median(before.pure_comm))
-    grown = own > OWN * longer
-    grown &= own > APART * own[~grown].max(initial=0.0)
-    ranks = tuple(int(i) for i in np.flatnonzero(grown))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
-    if ranks:
-        most = float(own[list(ranks)].max())
-        text += f", and by {most * 1e3:.3g} ms the own work of rank {few(ranks)}"
-        certain = 1 - OWN * longer / (2 * most)
-        return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
-    if comm > SHARE * longer:
-        text += f", the communication by {comm * 1e3:.3g} ms"
-        certain = 1 - SHARE * longer / (2 * comm)
-        return Diagnosis(Kind.COMM_SLOW, (), (), "none", text, certain)
+
+    def of_ranks(share: float) -> Diagnosis | None:
+        grown = own > share * longer
+        if not grown.any():
+            return None
+        most = float(own[grown].max())
+        ranks = tuple(int(i) for i in np.flatnonzero(grown))
+        words = f"{text}, and by {most * 1e3:.3g} ms the own work of rank {few(ranks)}"
+        certain = 1 - share * longer / (2 * most)
+        return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", words, certain)
+
+    if found := of_ranks(SHARE):
+        return found
+    more = comm + max(float(own.max()), 0.0)
+    if comm > 0 and more > SHARE * longer:
+        words = f"{text}, the communication by {comm * 1e3:.3g} ms"
+        certain = 1 - SHARE * longer / (2 * more)
+        if links is None:
+            return Diagnosis(Kind.COMM_SLOW, (), (), "none", words, certain)
+        found = of_ranks(OWN)
+        if found and (
+            links.kind == Kind.HEALTHY or found.confidence > links.confidence
+        ):
+            return found
+        return links._replace(evidence=f"{words}; {links.evidence}")
     text += f", the own work of all by {float(np.median(local)) * 1e3:.3g} ms"
     return Diagnosis(Kind.NONCOMM_SLOW, (), (), "all", text, 0.5)

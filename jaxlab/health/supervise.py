@@ -390,10 +390,8 @@ class Supervisor:
             text = f"knows a healthy step, {1e3 * self._baseline.step:.3g} ms"
             self._journal.event("learned", self._goodput.step, text)
             return None
-        found = look.compare(self._healthy, times)
-        if found.kind == Kind.COMM_SLOW and "delay" in body:
-            links = self._links(body)
-            found = links._replace(evidence=f"{found.evidence}; {links.evidence}")
+        links = self._links(body) if "delay" in body else None
+        found = look.compare(self._healthy, times, links)
         self._journal.event("looked", self._goodput.step, str(found))
         return found
 
