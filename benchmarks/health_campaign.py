@@ -11,8 +11,8 @@ is injected into the running job, with a victim and a moment drawn from the seed
 are drawn from those which the job's ring uses, in the direction in which it does, as
 the interfaces' counters show. Nothing tells the supervisor. Classes:
 
-- `throttle`: a rank's process gets a twentieth of one processor (a cgroup's quota, or
-  signals that stop it most of the time), a third of what it needs.
+- `throttle`: a rank's process gets a tenth of one processor (a cgroup's quota, or
+  signals that stop it most of the time).
 - `slow_link`: a link carries a twentieth, in the direction that the ring uses;
   `slow_link_both`: in both.
 - `slow_out`, `slow_in`: the same of all that a host sends, or receives.
@@ -71,7 +71,7 @@ KINDS = {
 }
 SLOW = ("throttle", "slow_link", "slow_link_both", "slow_out", "slow_in", "clean")
 RANKS, HEALTHY_MBIT, SLOW_MBIT = 4, 1000.0, 50.0
-QUOTA = 0.05
+QUOTA = 0.1
 """of one processor, of a throttled rank"""
 ACTIONS = ("restart", "reorder", "resigned", "give_up")
 
@@ -97,6 +97,8 @@ class Options:
     """folder in which the job's files are kept; default: one that goes with it"""
     summary: bool = False
     """only read the output, and print the tables"""
+    rows: bool = False
+    """only read the output, and print what the tables need of it, a line a row"""
 
 
 class Victim(NamedTuple):
@@ -467,6 +469,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """What the tables need of a row."""
+    kept = {k: row[k] for k in ("fault", "seed", "expected", "victim")}
+    kept["load"] = round(row["load"], 1)
+    for key in ("first", "verdict", "action", "recovered"):
+        event = row[key]
+        names = ("event", "kind", "ranks", "links")
+        kept[key] = event and {k: event[k] for k in names if k in event} | {
+            "seconds": round(event["seconds"], 2)
+        }
+    return kept
+
+
 def main(arguments: list[str]) -> None:
     """Injects and prints the tables."""
     options = parse_options(Options, arguments, "benchmarks/health_campaign.py")
@@ -476,6 +491,10 @@ def main(arguments: list[str]) -> None:
             f"no class {', '.join(unknown)}: there are {', '.join(KINDS)}"
         )
     path = Path(options.out)
+    if options.rows:
+        for row in read(path):
+            print(json.dumps(compact(row)))
+        return
     stop_on_signals()
     done = {(row["fault"], row["seed"]) for row in read(path)}
     todo = []

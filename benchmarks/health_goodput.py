@@ -62,7 +62,7 @@ from jaxlab.cli import parse_options, run_main
 from jaxlab.errors import ConfigError, UserError
 
 TODO = Work(rest=0.1)
-MBIT, QUOTA = 25.0, 0.03
+MBIT, QUOTA = 25.0, 0.06
 """of a slow link, and of a throttled rank: a step takes about twice as long"""
 ARMS = ("quiet", "supervised", "plain")
 FAULTS = tuple(kind for kind in KINDS if kind != "clean")
