@@ -203,3 +203,18 @@ def test_a_late_report_makes_no_rank_older(age, told, late):
 def test_ranks_of_which_nothing_is_told_are_listed():
     rows = {0: {"told": 10.0}, 2: {"told": 4.0}}
     assert reports.untold(rows, 4, 5.0) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "codes, ranks",
+    [
+        ({}, ()),
+        ({1: -9}, (1,)),
+        ({1: 1}, ()),  # it may be another's fault
+        ({1: 1, 2: -9, 3: -6}, (2,)),  # whoever was heard of first
+        ({0: -11, 3: -9}, (0, 3)),
+        ({0: -6, 1: -6}, ()),
+    ],
+)
+def test_who_is_killed_died_first_and_who_fails_followed(codes, ranks):
+    assert reports.died_first(codes) == ranks

@@ -37,6 +37,7 @@ STEERING = dict(
     restarts_per_hour=10**6,
     readmit_after=1.0,
     crashes=10**6,
+    without_progress=10**6,
 )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxlab.files import write_text
@@ -32,10 +33,10 @@ from jaxlab.health.reports import told_delays
 KINDS = ("learn", "profile", "probe")
 STEPS = 6
 """steps that are profiled, one of which only says when the next began"""
+LEAST = 0.1
+"""part of a step; what it has become longer by less is no slowness"""
 SHARE = 0.5
 """part of what a step has become longer by that its cause must explain"""
-OWN = 0.15
-"""the same of the work of a rank where a probe finds no link that is surer"""
 
 
 class Looks:
@@ -84,6 +85,7 @@ class Looks:
             return
         self._profile, self._left, self._asked = contextlib.ExitStack(), STEPS, due
         self._found = self._profile.enter_context(profiled())
+        self._waited = waited()
 
     def _after(self, out: Any) -> None:
         if self._profile is None:
@@ -92,6 +94,7 @@ class Looks:
         if self._left:
             return
         jax.block_until_ready(out)
+        starved = np.float32((waited() - self._waited) / STEPS)
         with self._recorder.phase(Phase.OTHER):
             self._profile.close()
             self._profile = None
@@ -100,7 +103,9 @@ class Looks:
             except ValueError as error:  # a program without collectives, say
                 self._tell(self._asked["id"], {"failed": str(error)})
                 return
-            times = Times(*(getattr(found, name) for name in Times._fields))
+            tables = [getattr(found, name) for name in Times._fields[:-1]]
+            every = np.atleast_1d(multihost_utils.process_allgather(starved))
+            times = Times(*tables, every[None].astype(float))
             told = {name: x.tolist() for name, x in times._asdict().items()}
             if self._asked["kind"] == "learn":
                 self._healthy = times
@@ -131,6 +136,18 @@ def one_device_each() -> Mesh:
     return Mesh(devices, ("rank",), axis_types=(AxisType.Auto,))
 
 
+def waited() -> float:
+    """Seconds that threads of this process were ready and had no processor, in all.
+
+    Also while a quota keeps them from it (Linux; 0 elsewhere).
+    """
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # has ended
+            total += int(path.read_text().split()[1])
+    return total * 1e-9
+
+
 class Times(NamedTuple):
     """What a profile found, seconds of T steps on n ranks."""
 
@@ -142,6 +159,9 @@ class Times(NamedTuple):
     """[T, n]"""
     pure_comm: np.ndarray
     """[T]"""
+    starved: np.ndarray
+    """[1, n]: for which threads of the rank have waited for a processor, mean of a
+    step; sums over threads, and 0 where the kernel does not tell"""
 
 
 def read(body: Mapping[str, Any]) -> Times:
@@ -155,6 +175,8 @@ def read(body: Mapping[str, Any]) -> Times:
         raise ValueError("the profile has no steps")
     if not times.step.shape == times.wait.shape == times.local.shape:
         raise ValueError("the profile's tables differ in shape")
+    if times.starved.shape != (1, times.step.shape[1]):
+        raise ValueError("the profile's ranks differ in number")
     if times.pure_comm.shape != times.step.shape[:1]:
         raise ValueError("the profile's communication is not that of its steps")
     if not all(np.isfinite(table).all() for table in times):
@@ -162,58 +184,52 @@ def read(body: Mapping[str, Any]) -> Times:
     return times
 
 
-def compare(before: Times, now: Times, links: Diagnosis | None = None) -> Diagnosis:
+def compare(before: Times, now: Times) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
-    A rank is to blame if its own work has grown, beyond what the others' has, by at
-    least `SHARE` of what the step has; else the communication, if that has, or both
-    together: a rank that gets less of its processor is late in its part of the
-    collectives too. Then a probe of the links decides, the surer of the two counts,
-    and for the rank `OWN` is enough. Medians over steps.
+    A rank is to blame if by at least half of what the step has become longer its own
+    work has, beyond what the others' has, or its wait for a processor: a rank that gets
+    less of it is late in its part of the collectives as well, and that looks like slow
+    communication. Else the communication is, if that has become longer by as much.
+    Medians over steps.
 
     Args:
         before: healthy, one column a rank.
         now: the same ranks.
-        links: what a probe says, where there was one.
     """
 
     def median(x):
         return np.median(np.asarray(x, float), axis=0)
 
-    longer = float(np.median(median(now.step)) - np.median(median(before.step)))
-    if longer <= 0:
-        return Diagnosis(Kind.HEALTHY, evidence="steps are as short as they were")
+    def beyond_others(grown):
+        if len(grown) < 2:
+            return grown
+        return grown - [np.median(np.delete(grown, i)) for i in range(len(grown))]
+
+    step = float(np.median(median(before.step)))
+    longer = float(np.median(median(now.step))) - step
+    if longer <= LEAST * step:
+        words = f"steps are as short as they were, {longer * 1e3:+.3g} ms"
+        return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
     local = median(now.local) - median(before.local)
-    own = local
-    if len(local) > 1:
-        others = [np.median(np.delete(local, i)) for i in range(len(local))]
-        own = local - np.array(others)
+    causes = {
+        "own work": beyond_others(local),
+        "wait for a processor": beyond_others(
+            median(now.starved) - median(before.starved)
+        ),
+    }
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
-
-    def of_ranks(share: float) -> Diagnosis | None:
-        grown = own > share * longer
-        if not grown.any():
-            return None
-        most = float(own[grown].max())
-        ranks = tuple(int(i) for i in np.flatnonzero(grown))
-        words = f"{text}, and by {most * 1e3:.3g} ms the own work of rank {few(ranks)}"
-        certain = 1 - share * longer / (2 * most)
-        return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", words, certain)
-
-    if found := of_ranks(SHARE):
-        return found
-    more = comm + max(float(own.max()), 0.0)
-    if comm > 0 and more > SHARE * longer:
-        words = f"{text}, the communication by {comm * 1e3:.3g} ms"
-        certain = 1 - SHARE * longer / (2 * more)
-        if links is None:
-            return Diagnosis(Kind.COMM_SLOW, (), (), "none", words, certain)
-        found = of_ranks(OWN)
-        if found and (
-            links.kind == Kind.HEALTHY or found.confidence > links.confidence
-        ):
-            return found
-        return links._replace(evidence=f"{words}; {links.evidence}")
+    for cause, own in causes.items():
+        ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
+        if ranks:
+            most = float(own[list(ranks)].max())
+            text += f", and by {most * 1e3:.3g} ms the {cause} of rank {few(ranks)}"
+            certain = 1 - SHARE * longer / (2 * most)
+            return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
+    if comm > SHARE * longer:
+        text += f", the communication by {comm * 1e3:.3g} ms"
+        certain = 1 - SHARE * longer / (2 * comm)
+        return Diagnosis(Kind.COMM_SLOW, (), (), "none", text, certain)
     text += f", the own work of all by {float(np.median(local)) * 1e3:.3g} ms"
     return Diagnosis(Kind.NONCOMM_SLOW, (), (), "all", text, 0.5)

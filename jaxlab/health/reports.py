@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from signal import SIGABRT
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,20 @@ def board_of(
         phase=np.where([code == 0 for code in codes], Phase.DONE, phase),
         step=column("step", -1, int),
     )
+
+
+def died_first(codes: Mapping[int, int]) -> tuple[int, ...]:
+    """Ranks of which it is sure that they did not end because another had.
+
+    A signal ended them, and not one that JAX raises. A rank whose peer is gone follows
+    soon: its collective fails (exit code above 0), or JAX aborts it. Reports of several
+    hosts come in any order.
+
+    Args:
+        codes: by rank, not 0.
+    """
+    own = (rank for rank, code in codes.items() if code < 0 and code != -SIGABRT)
+    return tuple(sorted(own))
 
 
 def untold(rows: Mapping[int, Mapping[str, Any]], n: int, since: float) -> list[int]:

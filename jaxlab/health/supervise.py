@@ -38,6 +38,8 @@ CURVES = 5.0
 """seconds of steps that make one point of the curves"""
 AHEAD = 1.0
 """seconds until the step from which ranks look, so that all are told in time"""
+SETTLE = 0.5
+"""seconds that a rank which ended with an error waits for one that caused it"""
 TAKEOVER = 5.0
 """seconds in which agents that are there find a new supervisor"""
 FEWER = 2
@@ -101,6 +103,7 @@ class Supervisor:
         self._slow = sequential.init_slow(n, self._detecting)
         self._healthy: look.Times | None = None
         self._blind = self._resigned = False
+        self._ended: tuple[float, tuple[int, ...]] | None = None
         self._asked: Asked | None = None
         self._windowed, self._told = 0.0, -math.inf
         self._unwritten: list[Window] = []
@@ -190,6 +193,7 @@ class Supervisor:
             self._journal.event("give_up", self._goodput.step, hopeless)
             return 1
         board, silent = self._roster.board(), self._silent()
+        board = board._replace(alive=self._alive(board.alive, now))
         if now - self._told >= 1.0:
             self._told = now
             self._status(board, now)
@@ -224,6 +228,21 @@ class Supervisor:
                 log = f"g{self._job.generation}-r{rank}.log"
                 return f"rank {rank} ended with exit code {code}: see {log}"
         return ""
+
+    def _alive(self, alive: np.ndarray, now: float) -> np.ndarray:
+        """bool[n]: which ranks count as dead a moment later, when others may have told.
+
+        If it is not sure who died first, it is who was heard of first.
+        """
+        rows = self._roster.rows
+        codes = {rank: row["code"] for rank, row in rows.items() if row.get("code")}
+        if not codes or alive.all():
+            return alive
+        began, dead = self._ended = self._ended or (now, tuple(codes))
+        sure = reports.died_first(codes)
+        if not sure and now - began < SETTLE:
+            dead = ()
+        return ~np.isin(np.arange(len(alive)), sure or dead)
 
     def _silent(self) -> Diagnosis | None:
         """Ranks of which no agent tells anything."""
@@ -390,8 +409,10 @@ class Supervisor:
             text = f"knows a healthy step, {1e3 * self._baseline.step:.3g} ms"
             self._journal.event("learned", self._goodput.step, text)
             return None
-        links = self._links(body) if "delay" in body else None
-        found = look.compare(self._healthy, times, links)
+        found = look.compare(self._healthy, times)
+        if found.kind == Kind.COMM_SLOW and "delay" in body:
+            links = self._links(body)
+            found = links._replace(evidence=f"{found.evidence}; {links.evidence}")
         self._journal.event("looked", self._goodput.step, str(found))
         return found
 
