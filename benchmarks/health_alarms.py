@@ -101,7 +101,9 @@ while True:
             process.terminate()
             process.wait()
             log.seek(0)
-            told += [float(x) for x in log.read().split() if x[:1].isdigit()]
+            # Beside a traceback of its interruption.
+            lines = log.read().splitlines()
+            told += [float(x) for x in lines if x.replace(".", "", 1).isdigit()]
 
 
 def part(arm: str, seconds: float, seed: int) -> dict[str, Any]:

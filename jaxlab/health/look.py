@@ -37,6 +37,9 @@ LEAST = 0.1
 """part of a step; what it has become longer by less is no slowness"""
 SHARE = 0.5
 """part of what a step has become longer by that its cause must explain"""
+STARVED = 2.0
+"""times what a step has become longer by that the threads of a rank must have waited
+for a processor; one that serves a slow connection waits a little at each packet"""
 
 
 class Looks:
@@ -187,11 +190,11 @@ def read(body: Mapping[str, Any]) -> Times:
 def compare(before: Times, now: Times) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
-    A rank is to blame if by at least half of what the step has become longer its own
-    work has, beyond what the others' has, or its wait for a processor: a rank that gets
-    less of it is late in its part of the collectives as well, and that looks like slow
-    communication. Else the communication is, if that has become longer by as much.
-    Medians over steps.
+    A rank is to blame if its own work has grown, beyond what the others' has, by at
+    least half of what the step has, or its wait for a processor by twice that: a rank
+    that gets less of it is late in its part of the collectives as well, and that looks
+    like slow communication. Else the communication is to blame, if it has grown by
+    half. Medians over steps.
 
     Args:
         before: healthy, one column a rank.
@@ -212,20 +215,19 @@ def compare(before: Times, now: Times) -> Diagnosis:
         words = f"steps are as short as they were, {longer * 1e3:+.3g} ms"
         return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
     local = median(now.local) - median(before.local)
-    causes = {
-        "own work": beyond_others(local),
-        "wait for a processor": beyond_others(
-            median(now.starved) - median(before.starved)
-        ),
-    }
+    starved = median(now.starved) - median(before.starved)
+    causes = (
+        ("own work", SHARE, beyond_others(local)),
+        ("wait for a processor", STARVED, beyond_others(starved)),
+    )
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
-    for cause, own in causes.items():
-        ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
+    for cause, share, own in causes:
+        ranks = tuple(int(i) for i in np.flatnonzero(own > share * longer))
         if ranks:
             most = float(own[list(ranks)].max())
             text += f", and by {most * 1e3:.3g} ms the {cause} of rank {few(ranks)}"
-            certain = 1 - SHARE * longer / (2 * most)
+            certain = 1 - share * longer / (2 * most)
             return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
     if comm > SHARE * longer:
         text += f", the communication by {comm * 1e3:.3g} ms"
