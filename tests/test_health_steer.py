@@ -138,6 +138,7 @@ def test_too_many_evictions_within_an_hour_restart_the_same_slots():
 
 def test_it_gives_up_where_nothing_advances():
     job, config = JOB, SteerConfig(without_progress=3, crashes=99)
+    crash = found(Kind.CRASH, (0,))
     for i in range(3):
         job, action = after(crash, 1, job, 7, config=config, now=float(i))
         assert action.kind == "restart"

@@ -106,9 +106,14 @@ class Looks:
             except ValueError as error:  # a program without collectives, say
                 self._tell(self._asked["id"], {"failed": str(error)})
                 return
-            tables = [getattr(found, name) for name in Times._fields[:-1]]
             every = np.atleast_1d(multihost_utils.process_allgather(starved))
-            times = Times(*tables, every[None].astype(float))
+            times = Times(
+                found.step,
+                found.wait,
+                found.local,
+                found.pure_comm,
+                starved=every[None].astype(float),
+            )
             told = {name: x.tolist() for name, x in times._asdict().items()}
             if self._asked["kind"] == "learn":
                 self._healthy = times
