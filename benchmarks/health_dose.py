@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.faults import draw, injected
 from common.hosts import full_mesh
 from common.namespaces import stop_on_signals
 from common.supervised import TOLD, Job, Work, running
@@ -37,8 +38,6 @@ from health_campaign import (
     HEALTHY_MBIT,
     KINDS,
     RANKS,
-    draw,
-    injected,
     learned,
     read,
     right,

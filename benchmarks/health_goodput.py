@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from common.faults import Scene, draw, injected, ring
 from common.hosts import Hosts, full_mesh
 from common.namespaces import address, stop_on_signals
 from common.supervised import Job, Work, environment, running
@@ -48,11 +49,7 @@ from health_campaign import (
     HEALTHY_MBIT,
     KINDS,
     RANKS,
-    Scene,
-    draw,
-    injected,
     read,
-    ring,
     scene,
     stepping,
     verdict,

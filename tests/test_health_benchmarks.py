@@ -41,9 +41,14 @@ def event(name, time, kind="", ranks=(), links=()):
     return found
 
 
-def row(campaign, fault, victim, events, began=100.0, seed=0):
+def victim(ranks=(), links=()):
+    _imported("health_campaign")
+    return sys.modules["common.faults"].Victim(ranks, links)
+
+
+def row(campaign, fault, whom, events, began=100.0, seed=0):
     found = {"fault": fault, "seed": seed, "expected": campaign.KINDS[fault]}
-    found |= {"victim": victim._asdict(), "load": 1.25, "time": began}
+    found |= {"victim": whom._asdict(), "load": 1.25, "time": began}
     return found | campaign.verdict(events, began)
 
 
@@ -54,19 +59,19 @@ def test_the_verdict_is_the_last_diagnosis_before_the_supervisor_acts(campaign):
         event("reorder", 109.0),
         event("diagnosis", 111.0, "crash", ranks=[2]),  # of what was killed
     ]
-    told = row(campaign, "slow_link", campaign.Victim((), ((1, 0),)), events)
+    told = row(campaign, "slow_link", victim((), ((1, 0),)), events)
     assert told["first"]["seconds"] == 5.0 and told["verdict"]["seconds"] == 9.0
     assert told["action"]["event"] == "reorder" and told["recovered"] is None
     assert campaign.right(told)
-    other = row(campaign, "slow_link", campaign.Victim((), ((0, 1),)), events)
+    other = row(campaign, "slow_link", victim((), ((0, 1),)), events)
     assert campaign.kind(other) == "comm_slow" and not campaign.right(other)
 
 
 def test_a_fault_that_nobody_saw_is_wrong_and_a_quiet_time_right(campaign):
-    missed = row(campaign, "stop", campaign.Victim((1,)), [])
-    calm = row(campaign, "clean", campaign.Victim(), [])
+    missed = row(campaign, "stop", victim((1,)), [])
+    calm = row(campaign, "clean", victim(), [])
     alarm = event("diagnosis", 103.0, "comm_slow")
-    false = row(campaign, "clean", campaign.Victim(), [alarm])
+    false = row(campaign, "clean", victim(), [alarm])
     assert [campaign.right(r) for r in (missed, calm, false)] == [False, True, False]
 
 
@@ -74,8 +79,7 @@ def test_the_tables_need_only_the_compact_rows(campaign):
     found = [event("diagnosis", 100.12, "crash", ranks=[3]), event("restart", 100.13)]
     back = event("recovered", 104.5) | dict(detection=0.1, isolation=0.1, reinit=4.0)
     rows = [
-        row(campaign, "kill", campaign.Victim((3,)), [*found, back], seed=i)
-        for i in range(3)
+        row(campaign, "kill", victim((3,)), [*found, back], seed=i) for i in range(3)
     ]
     text = campaign.tables([campaign.compact(r) for r in rows])
     assert text == campaign.tables(rows)
