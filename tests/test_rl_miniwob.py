@@ -311,6 +311,26 @@ def test_a_killed_process_loses_one_episode_and_no_more(what):
 
 
 @needs_browser
+def test_another_thread_can_free_one_that_waits():
+    with contextlib.closing(MiniWoBEnv("click-test", timeout=SLOW)) as env:
+        env.reset(seed=0)
+        env._tab.call(  # the page hangs from now on
+            ("Runtime.evaluate", {"expression": "setTimeout(() => { for (;;); })"}),
+            timeout=SLOW,
+        )
+        timer = threading.Timer(1.0, env.abort)
+        timer.start()
+        begun = time.monotonic()
+        with pytest.raises(Crash, match="closed|crashed"):
+            while True:
+                env.step(Action(Kind.WAIT).to_dict())
+                env.actions = 0
+        assert time.monotonic() - begun < SLOW / 2
+        timer.join()
+        assert solve(env, "click-test", 1) == 1.0
+
+
+@needs_browser
 def test_closing_leaves_nothing_behind():
     env, other = (MiniWoBEnv("click-test", timeout=SLOW) for _ in range(2))
     env.reset(seed=0)

@@ -159,22 +159,18 @@ class Browser:
           ValueError: the browser refuses a command.
         """
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-        waiting, message = [], b""
-        with self._lock:
-            if self.dead:
-                raise Crash(self.dead)
-            for method, parameters in commands:
-                self._last += 1
-                box: queue.SimpleQueue = queue.SimpleQueue()
-                self._replies[self._last] = session, box
-                waiting.append((self._last, method, box))
-                entry = {"id": self._last, "method": method, "params": parameters}
-                if session is not None:
-                    entry["sessionId"] = session
-                message += json.dumps(entry).encode() + b"\0"
-            self._write(message, deadline)
-        results = []
+        waiting, message, results = [], b"", []
         try:
+            with self._lock:
+                if self.dead:
+                    raise Crash(self.dead)
+                for method, parameters in commands:
+                    self._last += 1
+                    box: queue.SimpleQueue = queue.SimpleQueue()
+                    self._replies[self._last] = session, box
+                    waiting.append((self._last, method, box))
+                    message += _line(self._last, method, parameters, session)
+                self._write(message, deadline)
             for _, method, box in waiting:
                 left = max(deadline - time.monotonic(), 0.0)
                 try:
@@ -321,10 +317,7 @@ class Browser:
         """Sends a command whose answer nobody waits for."""
         with self._lock:
             self._last += 1
-            entry = {"id": self._last, "method": method, "params": parameters}
-            if session is not None:
-                entry["sessionId"] = session
-            message = json.dumps(entry).encode() + b"\0"
+            message = _line(self._last, method, parameters, session)
             with contextlib.suppress(Crash):
                 self._write(message, time.monotonic() + 1.0)
 
@@ -425,10 +418,19 @@ class Tab:
         return base64.b64decode(self.call(*first, capture, timeout=timeout)[-1]["data"])
 
     def close(self) -> None:
-        """Ends it; again: nothing."""
+        """Ends it, and what waits for it in other threads; again: nothing."""
         if self.session in self.browser._tabs:
             self.browser._forget(self)
-        self.dead = self.dead or "the tab is closed"
+        self.browser._lose(self, "the tab is closed")
+
+
+def _line(
+    number: int, method: str, parameters: Mapping[str, Any], session: str | None
+) -> bytes:
+    entry = {"id": number, "method": method, "params": parameters}
+    if session is not None:
+        entry["sessionId"] = session
+    return json.dumps(entry).encode() + b"\0"
 
 
 def _spawn(words: tuple[str, ...]) -> tuple[int, int, int]:
