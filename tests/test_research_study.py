@@ -1,0 +1,181 @@
+"""Whole studies by the rules: question to verified PDF, killed, steered, continued."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlab.research.driver import Settings
+from jaxlab.research.journal import read_journal
+from jaxlab.research.study import resume, run, say
+from jaxlab.research.types import Budget
+from tests.research_study import TRAINER, write_config
+
+pytestmark = pytest.mark.requires("pydantic_ai", "typst", "pypdfium2", "matplotlib")
+
+QUESTION = "Is b better than a?"
+
+
+def quiet(line):
+    """Says nothing."""
+
+
+def options_of(folder, **fields):
+    a = write_config(folder, "a", level=2.0, **fields)
+    b = write_config(folder, "b", level=1.5, **fields)
+    return {
+        "trainer": str(TRAINER),
+        "parallel": 4,
+        "configs": [a, b],
+        "metric": "eval/loss",
+    }
+
+
+def asked(folder, name="ws", past=(), budget=60, fsync=os.fsync, **fields):
+    settings = Settings(Budget(runs=budget))
+    if (folder / name / "journal.jsonl").exists():
+        return resume(folder / name, say=quiet, fsync=fsync)
+    return run(
+        QUESTION,
+        folder / name,
+        options=options_of(folder, **fields),
+        settings=settings,
+        past=tuple(str(folder / p) for p in past),
+        say=quiet,
+        fsync=fsync,
+    )
+
+
+def events_of(folder):
+    return read_journal(Path(folder) / "journal.jsonl")
+
+
+def starts(folder):
+    return [e.data["run"] for e in events_of(folder) if e.kind == "run_start"]
+
+
+def facts_of(folder):
+    """The ledger but for the seconds that the runs took."""
+    ledger = json.loads((Path(folder) / "facts/ledger.json").read_text())
+    return [f for f in ledger["facts"] if f["op"] != "cost"]
+
+
+def verified(folder):
+    from jaxlab.research.verify import verify
+
+    report = verify(folder)
+    assert report.ok, report.findings
+    return report
+
+
+def killed(folder, kill):
+    """Drives, and dies by SIGKILL at fsync number `kill`."""
+    count = 0
+
+    def fsync(handle):
+        nonlocal count
+        count += 1
+        os.fsync(handle)
+        if count == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.exit(asked(Path(folder), fsync=fsync).code)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    ending = asked(folder)
+    assert ending.code == 0, ending
+    return folder
+
+
+def test_from_a_question_to_a_verified_paper(whole):
+    report = verified(whole / "ws")
+    assert report.facts > 10 and report.numbers and report.runs
+    assert (whole / "ws/paper/paper.pdf").read_bytes().startswith(b"%PDF")
+    agents = [
+        e.data["agent"] for e in events_of(whole / "ws") if e.kind == "agent_start"
+    ]
+    assert agents == [
+        "manager",
+        "ideation",
+        "experiment",
+        "curator",
+        "writer",
+        "proofreader",
+        "reviewer",
+    ]
+
+
+def test_killed_and_resumed_gives_the_same_facts(whole, tmp_path):
+    """In the middle of the runs, and again thirty events later."""
+    events = events_of(whole / "ws")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_research_study", "pydantic_ai.direct"])
+    ends = [e.i for e in events if e.kind == "run_end"]
+    for kill in (ends[len(ends) // 2] + 1, 30):
+        child = context.Process(target=killed, args=(str(tmp_path), kill))
+        child.start()
+        child.join(300)
+        assert child.exitcode == -signal.SIGKILL
+    assert asked(tmp_path).code == 0
+    began = starts(tmp_path / "ws")
+    assert sorted(set(began)) == sorted(set(starts(whole / "ws")))
+    assert facts_of(tmp_path / "ws") == facts_of(whole / "ws")
+    verified(tmp_path / "ws")
+
+
+def test_a_second_study_builds_on_the_first(whole):
+    """The same question again: nothing is run anew, and the facts are the same."""
+    assert asked(whole, "second", past=("ws",)).code == 0
+    assert starts(whole / "second") == []
+    first = events_of(whole / "second")[0].data["options"]
+    assert len(first["taken_over"]) == len(set(starts(whole / "ws")))
+    assert {row["study"] for row in first["taken_over"]} == {str(whole / "ws")}
+    verified(whole / "second")
+
+
+def test_a_message_adds_an_arm(tmp_path):
+    box = {}
+
+    def work():
+        box["ending"] = asked(tmp_path, seconds=0.5)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        journal = tmp_path / "ws/journal.jsonl"
+        if journal.exists() and len(starts(tmp_path / "ws")) > 3:
+            break
+        time.sleep(0.1)
+    id = say(tmp_path / "ws", "also try level=1.8")
+    thread.join(300)
+    assert box["ending"].code == 0, box
+    events = events_of(tmp_path / "ws")
+    acked = next(e for e in events if e.kind == "ack" and e.data["message"] == id)
+    amended = next(e for e in events if e.kind == "amendment")
+    assert acked.i < amended.i
+    plan = (tmp_path / f"ws/plans/{amended.data['n']}.json").read_text()
+    assert "1.8" in plan
+    verified(tmp_path / "ws")
+
+
+def test_a_budget_of_runs_is_kept(tmp_path):
+    ending = asked(tmp_path, budget=12)
+    assert ending.code in (0, 3), ending
+    assert len(set(starts(tmp_path / "ws"))) <= 12
+    if ending.code == 3:
+        assert (tmp_path / "ws/paper/paper.pdf").exists()
+
+
+def test_what_cannot_be_read_needs_a_person(tmp_path):
+    ending = run("What is love?", tmp_path / "ws", say=quiet)
+    assert ending.code == 5 and "Forms that the rule policy can read" in ending.why
