@@ -239,6 +239,7 @@ class GPT(nn.Module):
         segments_bt: Int[Array, "b t"] | None = None,
         positions_bt: Int[Array, "b t"] | None = None,
         cache: Cache | None = None,
+        features: bool = False,
     ) -> Any:
         """Logits of the next token.
 
@@ -249,9 +250,11 @@ class GPT(nn.Module):
                 by default.
             cache: keys and values before these tokens; theirs are written to the
                 slots of their positions.
+            features: what the logits would be computed from, instead of them.
 
         Returns:
-            float32[b, t, v]; with a cache the pair (logits, cache).
+            float32[b, t, v], or features[b, t, d] in the compute type; with a cache the
+            pair (logits, cache).
         """
         c, by_hand = self.model, self.by_hand
         assert not by_hand or cache is None, "no cache where time is cut"
@@ -278,6 +281,8 @@ class GPT(nn.Module):
 
         x_btd, cache = self._blocks(x_btd, cache, turn_bte, mask_bts, positions_bt)
         x_btd = RMSNorm(c.norm_eps, name="norm")(x_btd)
+        if features:
+            return x_btd if cache is None else (x_btd, cache)
         if c.tied:
             kernel_dv: Any = table_vd.T
         else:

@@ -23,6 +23,39 @@ class TinyPolicy:
 
 
 @dataclass(frozen=True)
+class GuiPolicy:
+    """Reads an instruction and a screen, and points (`jaxlab.models.gui_policy`)."""
+
+    cell: int = 4
+    """pixels between the places that it points at; divides the screen's sides"""
+    stride: int = 2
+    """pixels between the patches that it reads; divides cell"""
+    patch: int = 12
+    """side of a patch, pixels; a multiple of stride"""
+    pool: int = 2
+    """cells a side that the transformer sees as one"""
+    width: int = 64
+    """of the features and of the transformer"""
+    layers: int = 2
+    """transformer blocks"""
+    heads: int = 4
+    """of their attention"""
+    typed: int | None = None
+    """words that the environment types by number; None: those of its instructions"""
+    tower: str | None = None
+    """folder with a Hugging Face config.json and .safetensors (Llama family): that
+    language model reads the instruction, as `envs.tokenized.Tokenized` gives it"""
+    train_tower: bool = True
+    """train the language model's weights, too"""
+
+    def build(self, space: Any) -> Any:
+        """The `jaxlab.rl.policy.Policy` for observations of a space."""
+        from jaxlab.rl import pointer
+
+        return pointer.build(self, space)
+
+
+@dataclass(frozen=True)
 class Envs:
     """The environment cluster: processes that host environments, each on a thread."""
 
@@ -105,6 +138,22 @@ class Objective:
     """weight of the KL to the policy at the start"""
     ratio: Literal["token", "sequence"] = "token"
     """of tokens (GRPO), or of whole actions (GSPO)"""
+    passes: int = 1
+    """optimizer steps an update takes on its batch; at 1 no ratio is ever clipped"""
+
+
+@dataclass(frozen=True)
+class Cloning:
+    """Imitation of the environments' experts, before the policy acts."""
+
+    updates: int = 0
+    """optimizer steps; 0: none, the policy starts from nothing"""
+    batch: int = 64
+    """steps of demonstrations in each"""
+    episodes: int = 1000
+    """demonstrations, all tasks together; they also go to the experience pool"""
+    optimizer: AdamW = field(default_factory=lambda: AdamW(lr=3e-3, weight_decay=0.0))
+    """of the imitation alone"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +176,8 @@ class RLRun:
     """where the processes run: on this host, or on those of a Ray cluster"""
     ray_address: str | None = None
     """of the Ray cluster; None: one is started on this host"""
-    policy: TinyPolicy = field(default_factory=TinyPolicy)
+    policy: TinyPolicy | GuiPolicy = field(default_factory=TinyPolicy)
+    cloning: Cloning = field(default_factory=Cloning)
     envs: Envs = field(default_factory=Envs)
     rollout: Rollout = field(default_factory=Rollout)
     curation: Curation = field(default_factory=Curation)
@@ -149,6 +199,10 @@ def validate(run: RLRun) -> None:
         "steps": (run.steps, 1),
         "groups": (run.groups, 1),
         "log_every": (run.log_every, 1),
+        "objective.passes": (run.objective.passes, 1),
+        "cloning.updates": (run.cloning.updates, 0),
+        "cloning.batch": (run.cloning.batch, 1),
+        "cloning.episodes": (run.cloning.episodes, 1),
         "envs.hosts": (run.envs.hosts, 1),
         "envs.slots": (run.envs.slots, 1),
         "envs.max_steps": (run.envs.max_steps, 1),

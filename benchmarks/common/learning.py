@@ -1,0 +1,87 @@
+"""What studies of learning share: environments, demonstrations and evaluation."""
+
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.common.lockstep import TRAINING_SEEDS
+from jaxlab.rl.config import RLRun
+from jaxlab.rl.envs.pix import PixEnv
+from jaxlab.rl.play import Job, demonstrate, play, seeds, wilson
+from jaxlab.rl.policy import Policy
+from jaxlab.rl.trajectory import Trajectory
+
+
+def make(run: RLRun, number: int) -> list[PixEnv]:
+    """Environments of the embedded interface."""
+    return [PixEnv(run.envs.tasks[0]) for _ in range(number)]
+
+
+def show(policy: Policy, run: RLRun) -> list[Trajectory]:
+    """The expert's episodes: `cloning.episodes` in all, equally many of each task."""
+    tasks = run.envs.tasks
+    share = max(run.cloning.episodes // len(tasks), 1)
+    numbers = seeds(run.seed, share * len(tasks), TRAINING_SEEDS)
+    jobs = [
+        Job(index, task, numbers[share * place + index])
+        for place, task in enumerate(tasks)
+        for index in range(share)
+    ]
+    return list(demonstrate(policy, make(run, 1)[0], jobs))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
+    names = {name: version(name) for name in ("jax", "flax", "numpy")}
+    return {"python": platform.python_version()} | names
+
+
+def evaluate(
+    policy: Policy,
+    act: Any,
+    params: Any,
+    envs: Sequence[PixEnv],
+    tasks: Iterable[str],
+    episodes: int,
+    *,
+    temperature: float = 0.0,
+    shuffled: bool = False,
+) -> dict[str, Any]:
+    """Success on held-out seeds, by task, with Wilson's interval of 95 %."""
+    jobs = [
+        Job(index, task, TRAINING_SEEDS + index)
+        for task in tasks
+        for index in range(episodes)
+    ]
+    found: dict[str, list[float]] = {}
+    for one in play(
+        policy,
+        params,
+        envs,
+        jobs,
+        jax.random.key(1),
+        temperature=temperature,
+        options={"shuffled": shuffled},
+        act=act,
+    ):
+        assert one.seed >= TRAINING_SEEDS
+        found.setdefault(one.task, []).append(one.reward)
+    result = {}
+    for task in sorted(found):
+        low, high = wilson(int(sum(found[task])), len(found[task]))
+        result[task] = {
+            "success": round(float(np.mean(found[task])), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+        }
+    return result
+
+
+def log(line: str) -> None:
+    """To the one who waits."""
+    print(line, file=sys.stderr, flush=True)

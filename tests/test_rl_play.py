@@ -1,0 +1,119 @@
+"""Episodes played in the process: by a policy, and by experts."""
+
+from random import Random
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab.rl.config import TinyPolicy
+from jaxlab.rl.envs.pix import PixEnv, advance, start
+from jaxlab.rl.play import Job, demonstrate, play, seeds, wilson
+from jaxlab.rl.trajectory import Trajectory
+
+SPACE = PixEnv("color").observation_space
+
+
+def setup():
+    policy = TinyPolicy().build(SPACE)
+    return policy, policy.init(jax.random.key(0))
+
+
+def same(a: Trajectory, b: Trajectory) -> bool:
+    return all(
+        np.array_equal(x, y, equal_nan=True) if isinstance(x, np.ndarray) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def played(slots, **options):
+    policy, params = setup()
+    jobs = [Job(10 + i, "color", i % 5, group=i // 2, limit=3) for i in range(11)]
+    envs = [PixEnv("color") for _ in range(slots)]
+    found = play(policy, params, envs, jobs, jax.random.key(1), **options)
+    return {one.id: one for one in found}, jobs
+
+
+def test_every_episode_is_played_once_and_told_whole():
+    found, jobs = played(4)
+    assert sorted(found) == [job.id for job in jobs]
+    for job in jobs:
+        one = found[job.id]
+        assert (one.task, one.seed, one.group) == (job.task, job.seed, job.group)
+        assert 1 <= one.length <= 3 and one.version.tolist() == [0] * one.length
+        episode = start(job.task, job.seed)
+        assert one.text == episode.shown.text
+        policy, _ = setup()
+        reward = 0.0
+        for tokens in one.tokens:
+            reward = advance(episode, policy.action(tokens))
+        assert reward == one.reward
+        assert one.truncated == (episode.outcome == "")
+        assert (one.logp[one.mask] < 0).all() and np.isfinite(one.entropy).all()
+
+
+def test_what_is_played_depends_on_key_and_job_alone():
+    one, _ = played(4)
+    two, _ = played(7)
+    for name in one:
+        # Another batch size is another program, which may round otherwise.
+        assert np.array_equal(one[name].tokens, two[name].tokens)
+        np.testing.assert_allclose(one[name].logp, two[name].logp, atol=1e-5)
+
+
+def test_cold_play_is_the_same_for_all_keys():
+    policy, params = setup()
+    jobs = [Job(i, "color", i) for i in range(4)]
+    runs = [
+        list(
+            play(
+                policy,
+                params,
+                [PixEnv("color")] * 1,
+                jobs,
+                jax.random.key(key),
+                temperature=0.0,
+            )
+        )
+        for key in (1, 2)
+    ]
+    for a, b in zip(*runs, strict=True):
+        assert np.array_equal(a.tokens, b.tokens)
+
+
+def test_options_reach_the_environment():
+    shuffled, _ = played(4, options={"shuffled": True})
+    plain, _ = played(4)
+    assert any(shuffled[i].text != plain[i].text for i in plain)
+    assert all(np.array_equal(shuffled[i].images[0], plain[i].images[0]) for i in plain)
+
+
+@pytest.mark.parametrize("task", ["click", "check", "enter", "drag", "form"])
+def test_experts_show_what_the_policy_can_do(task):
+    from jaxlab.rl.config import GuiPolicy
+
+    policy = GuiPolicy().build(SPACE)
+    jobs = [Job(i, task, i) for i in range(6)]
+    one = list(demonstrate(policy, PixEnv(task), jobs, Random(0)))
+    two = list(demonstrate(policy, PixEnv(task), jobs, Random(0)))
+    assert len(one) == 6
+    for a, b in zip(one, two, strict=True):
+        assert same(a, b)
+        assert a.reward == 1.0 and not a.truncated
+        assert a.source == "oracle" and a.id == -1
+        assert np.isnan(a.logp).all() and (a.version == -1).all()
+        for tokens in a.tokens:
+            assert np.array_equal(policy.tokens(policy.action(tokens)), tokens)
+
+
+def test_seeds_differ_and_repeat():
+    found = seeds(1, 100, 1000)
+    assert found == seeds(1, 100, 1000) != seeds(2, 100, 1000)
+    assert len(set(found)) == 100 and max(found) < 1000
+
+
+def test_wilsons_interval():
+    # Newcombe 1998, table I: 81 of 263.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20)[0] == 0 and wilson(0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
