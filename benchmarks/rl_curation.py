@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
         run = dataclasses.replace(base, seed=seed, cloning=updates)
         policy = run.policy.build(make(run, 1)[0].observation_space)
         act = jax.jit(policy.act)
-        params = jax.jit(policy.init)(jax.random.key(seed))
+        params = policy.init(jax.random.key(seed))
         for last, _ in clone(updates, policy, params, show(policy, run), seed):
             params = last
         for name in chosen:

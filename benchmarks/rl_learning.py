@@ -73,7 +73,7 @@ def learn(run: RLRun, options: Options) -> dict[str, Any]:
     tasks = run.envs.tasks
     envs = make(run, options.envs)
     policy = run.policy.build(envs[0].observation_space)
-    params = jax.jit(policy.init)(jax.random.key(run.seed))
+    params = policy.init(jax.random.key(run.seed))
     act = jax.jit(policy.act)
     curve: list[dict[str, Any]] = []
 

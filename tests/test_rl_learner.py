@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlab.optimizers import AdamW
 from jaxlab.rl.config import Cloning, Curation, Objective, RLRun, TinyPolicy
@@ -237,7 +237,7 @@ def test_a_mesh_gives_the_same_numbers():
     )
     objective = Objective(beta=0.1, passes=2)
     alone, figures = updated(batch, objective)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     cut = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     spread, more = updated(

@@ -16,11 +16,19 @@ from jaxlab.errors import ConfigError
 from jaxlab.models import gpt, gui_policy, hf
 from jaxlab.rl.actions import LENGTH, ActionTokens
 from jaxlab.rl.config import GuiPolicy
-from jaxlab.rl.envs.api import ARGUMENTS, FIELDS, KEYS, Action, Kind, observation_space
+from jaxlab.rl.envs.api import (
+    ARGUMENTS,
+    FIELDS,
+    KEYS,
+    Action,
+    Kind,
+    observation_space,
+    parse_action,
+)
 from jaxlab.rl.envs.pix import PixEnv
 from jaxlab.rl.envs.tokenized import Tokenized
 
-SMALL = GuiPolicy(cell=4, stride=2, patch=6, width=8, layers=1, heads=2)
+SMALL = GuiPolicy(cell=4, stride=2, patch=6, features=4, width=8, layers=1, heads=2)
 WORDS = 12
 SPACE = observation_space(16, 20, WORDS, 5, 64)
 GRID = ActionTokens(4, 5, WORDS)
@@ -82,9 +90,8 @@ def test_experts_points_are_the_middles_of_cells():
     env = PixEnv("form")
     for seed in range(5):
         env.reset(seed=seed)
-        wanted = env.oracle_action()
-        xy = grid.decode(grid.encode(Action(Kind(wanted["kind"]), wanted["xy"]))).xy
-        assert xy == pytest.approx(tuple(wanted["xy"]))
+        wanted, _ = parse_action(env.oracle_action(), len(PixEnv.vocabulary))
+        assert grid.decode(grid.encode(wanted)).xy == pytest.approx(wanted.xy)
 
 
 def all_tokens():
@@ -303,7 +310,7 @@ def test_a_language_model_reads_the_instruction(checkpoint, train):
     folder, model, weights = checkpoint
     env = Tokenized(PixEnv("click"), folder, 12)
     typed = len(PixEnv.vocabulary)
-    sizes = {"width": 8, "layers": 1, "heads": 2, "stride": 4}
+    sizes = {"features": 4, "width": 8, "heads": 2, "stride": 4}
     policy = GuiPolicy(
         **sizes, tower=str(folder), train_tower=train, typed=typed
     ).build(env.observation_space)

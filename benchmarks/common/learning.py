@@ -4,6 +4,7 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from random import Random
 from typing import Any
 
 import jax
@@ -23,16 +24,13 @@ def make(run: RLRun, number: int) -> list[PixEnv]:
 
 
 def show(policy: Policy, run: RLRun) -> list[Trajectory]:
-    """The expert's episodes: `cloning.episodes` in all, equally many of each task."""
-    tasks = run.envs.tasks
-    share = max(run.cloning.episodes // len(tasks), 1)
-    numbers = seeds(run.seed, share * len(tasks), TRAINING_SEEDS)
+    """The expert's episodes of a run."""
+    tasks, number = run.envs.tasks, run.cloning.episodes
     jobs = [
-        Job(index, task, numbers[share * place + index])
-        for place, task in enumerate(tasks)
-        for index in range(share)
+        Job(index, tasks[index % len(tasks)], seed, limit=run.envs.max_steps)
+        for index, seed in enumerate(seeds(run.seed, number, TRAINING_SEEDS))
     ]
-    return list(demonstrate(policy, make(run, 1)[0], jobs))
+    return list(demonstrate(policy, make(run, 1)[0], jobs, Random(run.seed)))
 
 
 def versions() -> dict[str, str]:

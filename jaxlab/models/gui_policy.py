@@ -11,7 +11,7 @@ a generic transformer did not, and convolutions' derivatives are slow on XLA's C
 backend (docs/decisions.md).
 
 Dims: b rows of the batch, r and c rows and columns of patches, g cells, l words,
-d width, k width of the comparison, n choices.
+f features of a patch, d width, k what is compared, n choices.
 """
 
 from collections.abc import Callable, Sequence
@@ -181,14 +181,14 @@ class PointerPolicy(nn.Module):
         known_bld, words_bld = self._words(instruction_bl)
         real_bl = instruction_bl > 0
         blocks_brcn = patches(luma_chroma(images_bhwc, c.stride), c.patch // c.stride)
-        seen_brcd = nn.gelu(Dense(d, name="patch")(blocks_brcn))
-        seen_brcd = nn.gelu(Dense(d, name="patch_mix")(seen_brcd))
+        seen_brcf = nn.relu(Dense(c.features, name="patch")(blocks_brcn))
+        seen_brcf = nn.relu(Dense(c.features, name="patch_mix")(seen_brcf))
 
         # Is this word written here? Of each patch and word; of a cell its best patch.
-        here_brck = Dense(d // 2, name="here")(seen_brcd)
-        word_blk = Dense(d // 2, name="word")(known_bld)
+        here_brck = Dense(c.features, name="here")(seen_brcf)
+        word_blk = Dense(c.features, name="word")(known_bld)
         match_brcl = jnp.einsum("brck,blk->brcl", here_brck, word_blk)
-        read_bgl = jax.nn.logsumexp(by_cell(match_brcl) / (d // 2) ** 0.5, 2)
+        read_bgl = jax.nn.logsumexp(by_cell(match_brcl) / c.features**0.5, 2)
         read_bgl *= real_bl[:, None]
 
         # Cells: what they look like, which of the words they show, where they are.
@@ -196,7 +196,7 @@ class PointerPolicy(nn.Module):
         said_bld = Dense(d, name="said")(words_bld)
         row_rd: Any = self.param("row", normal, (rows, d))
         column_cd: Any = self.param("column", normal, (columns, d))
-        cells_bgd = Dense(d, name="cell")(by_cell(seen_brcd).mean(2))
+        cells_bgd = Dense(d, name="cell")(by_cell(seen_brcf).mean(2))
         cells_bgd += (row_rd[:, None] + column_cd[None]).reshape(1, -1, d)
         cells_bgd += jnp.einsum("bgl,bld->bgd", shown_bgl, said_bld)
 

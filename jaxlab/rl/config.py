@@ -34,9 +34,11 @@ class GuiPolicy:
     """side of a patch, pixels; a multiple of stride"""
     pool: int = 2
     """cells a side that the transformer sees as one"""
+    features: int = 32
+    """of a patch, and in the comparison with a word"""
     width: int = 64
-    """of the features and of the transformer"""
-    layers: int = 2
+    """of the transformer"""
+    layers: int = 1
     """transformer blocks"""
     heads: int = 4
     """of their attention"""

@@ -117,7 +117,6 @@ def demonstrate(
     env: gymnasium.Env,
     jobs: Iterable[Job],
     rng: Random | None = None,
-    limit: int = 100,
 ) -> Iterator[Trajectory]:
     """Episodes of the environment's own expert, as the policy would have acted them.
 
@@ -129,16 +128,15 @@ def demonstrate(
         env: with an `oracle_action`.
         jobs: the episodes.
         rng: of the expert's choices among equally good places; None: the middle.
-        limit: actions of an episode.
 
     Yields:
-        those that the expert brings to an end, whatever the reward.
+        those that come to an end within their limit, whatever the reward.
     """
     words = int(env.action_space["token"].n)  # pyright: ignore
     for job in jobs:
         observation, _ = env.reset(seed=job.seed, options={"task": job.task})
         slot, ended, cut, reward = Acting(job, observation, []), False, False, 0.0
-        while not (ended or cut) and len(slot.steps) < limit:
+        while not (ended or cut) and len(slot.steps) < job.limit:
             wanted = env.unwrapped.oracle_action(rng)  # pyright: ignore
             if wanted is None:
                 break

@@ -17,7 +17,7 @@ def build(config: GuiPolicy, space: Any) -> Policy:
 
     With a tower the instruction is what `envs.tokenized` makes of it, `config.typed`
     says how many words the environment types, and `init` reads the tower's weights
-    from its folder (so it is not to be jitted).
+    from its folder (outside of `jax.jit`).
 
     Raises:
         ConfigError: sizes do not go together; the message names both.
@@ -38,10 +38,14 @@ def build(config: GuiPolicy, space: Any) -> Policy:
         )
         return jnp.stack(chosen, 1), jnp.stack(logp, 1), jnp.stack(entropy, 1)
 
-    def init(key: jax.Array) -> Any:
+    @jax.jit
+    def fresh(key: jax.Array) -> Any:
         image = jnp.zeros((1, height, width, 3), jnp.uint8)
         text = jnp.zeros((1, *space["instruction"].shape), jnp.int32)
-        params = gui_policy.init_params(model, key, image, text, allowed)
+        return gui_policy.init_params(model, key, image, text, allowed)
+
+    def init(key: jax.Array) -> Any:
+        params = fresh(key)
         if config.tower is not None:
             params["tower"] = hf.load_params(config.tower, tower)[1]
         return params
