@@ -65,6 +65,7 @@ ACTIONS = st.builds(
 
 
 @given(ACTIONS, st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None)
 def test_tokens_say_the_action(action, rows, columns):
     grid = ActionTokens(rows, columns, WORDS)
     said = grid.encode(action)
@@ -232,7 +233,7 @@ def test_blocks_and_patches_are_those_of_the_pixels():
     luma = rgb @ [0.299, 0.587, 0.114]
     luma -= luma.mean((1, 2), keepdims=True)
     chroma = np.stack([rgb[..., 2] - luma, rgb[..., 0] - luma], -1)
-    blocks = np.asarray(gui_policy.luma_chroma(images, 2))
+    blocks = np.asarray(gui_policy.luma_chroma(jnp.asarray(images), 2))
     assert blocks.shape == (2, 8, 10, 6)
     for r, c in itertools.product(range(8), range(10)):
         square = (slice(None), slice(2 * r, 2 * r + 2), slice(2 * c, 2 * c + 2))

@@ -206,7 +206,7 @@ class PointerPolicy(nn.Module):
         pooled_bpd = pool(cells_bgd, rows, columns, c.pool)
         x_btd = jnp.concatenate([ask_b1d, words_bld, pooled_bpd], 1)
         mask_bt = jnp.ones(x_btd.shape[:2], bool).at[:, 1 : 1 + real_bl.shape[1]]
-        x_btd = self._blocks(x_btd, mask_bt.set(real_bl)[:, None])
+        x_btd = self._blocks(x_btd, mask_bt.set(real_bl))
         words_bld, around_bpd = jnp.split(x_btd[:, 1:], [real_bl.shape[1]], 1)
         cells_bgd += unpool(around_bpd, rows, columns, c.pool)
         cells_bgd = Mix(d, name="cells")(cells_bgd)
@@ -228,15 +228,17 @@ class PointerPolicy(nn.Module):
         order_ld: Any = self.param("order", normal, (instruction_bl.shape[1], d))
         return known_bld, known_bld + order_ld[None]
 
-    def _blocks(self, x_btd: Array, mask_bts: Array) -> Array:
+    def _blocks(self, x_btd: Array, mask_bt: Array) -> Array:
         """The transformer: everything attends to everything that is there."""
         c = self.config
         sizes = config.resolve_model(
             config.GPT(vocab=1, layers=c.layers, width=c.width, heads=c.heads), 1
         )
-        positions_t = jnp.arange(x_btd.shape[1])
+        length = x_btd.shape[1]
+        positions_t = jnp.arange(length)
         angle_te = positions_t[:, None] * gpt.rope_frequencies(sizes)[None]
         turn = gpt.rotation(angle_te[None])
+        mask_bts = jnp.repeat(mask_bt[:, None], length, 1)
         for i in range(c.layers):
             block = gpt.Block(sizes, name=f"block_{i}")
             x_btd, _ = block(x_btd, None, turn, mask_bts, positions_t[None])
