@@ -33,9 +33,8 @@ def build(config: GuiPolicy, space: Any) -> Policy:
     allowed = grid.allowed()
 
     def run(params: Any, images: Any, instruction: Any, choose: Any) -> Any:
-        chosen, logp, entropy = model.apply(
-            {"params": params}, images, instruction, allowed, choose
-        )
+        seen = jnp.asarray(images), jnp.asarray(instruction)
+        chosen, logp, entropy = model.apply({"params": params}, *seen, allowed, choose)
         return jnp.stack(chosen, 1), jnp.stack(logp, 1), jnp.stack(entropy, 1)
 
     @jax.jit
@@ -63,7 +62,8 @@ def build(config: GuiPolicy, space: Any) -> Policy:
         index, logp, entropy = run(params, images, instruction, choose)
         tokens = index + jnp.array([0, KINDS, KINDS])[None]
         used = _used(allowed, index[:, 0])
-        return Acted(jnp.where(used, tokens, -1).astype(jnp.int32), logp, entropy)
+        tokens = jnp.where(used, tokens, -1).astype(jnp.int32)
+        return Acted(tokens, *(jnp.where(used, x, 0) for x in (logp, entropy)))
 
     def score(
         params: Any, images: Any, instruction: Any, tokens: Any, mask: Any
