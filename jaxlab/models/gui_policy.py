@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxlab import config
+from jaxlab.config import GPT, resolve_model
 from jaxlab.models import gpt, kernels
 from jaxlab.rl.config import GuiPolicy
 
@@ -96,7 +96,7 @@ class PointerPolicy(nn.Module):
     """of actions"""
     others: int
     """arguments of actions that are no cells"""
-    tower: config.GPT | None = None
+    tower: GPT | None = None
     """language model that reads the instruction: its words are then tokens, plus 1"""
 
     @nn.compact
@@ -231,8 +231,8 @@ class PointerPolicy(nn.Module):
     def _blocks(self, x_btd: Array, mask_bt: Array) -> Array:
         """The transformer: everything attends to everything that is there."""
         c = self.config
-        sizes = config.resolve_model(
-            config.GPT(vocab=1, layers=c.layers, width=c.width, heads=c.heads), 1
+        sizes = resolve_model(
+            GPT(vocab=1, layers=c.layers, width=c.width, heads=c.heads), 1
         )
         length = x_btd.shape[1]
         positions_t = jnp.arange(length)

@@ -34,8 +34,8 @@ def build(config: GuiPolicy, space: Any) -> Policy:
 
     def run(params: Any, images: Any, instruction: Any, choose: Any) -> Any:
         seen = jnp.asarray(images), jnp.asarray(instruction)
-        chosen, logp, entropy = model.apply({"params": params}, *seen, allowed, choose)
-        return jnp.stack(chosen, 1), jnp.stack(logp, 1), jnp.stack(entropy, 1)
+        found: Any = model.apply({"params": params}, *seen, allowed, choose)
+        return tuple(jnp.stack(places, 1) for places in found)
 
     @jax.jit
     def fresh(key: jax.Array) -> Any:
