@@ -12,13 +12,19 @@ from jaxlab.errors import UserError
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a whole file or nothing: a temporary one beside it, then a rename."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes, sync: bool = True) -> None:
+    """The same for bytes; without `sync` a power cut may lose the file."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -21,9 +21,14 @@ def main(arguments: list[str]) -> None:
     if dry:
         print(json.dumps(config.describe(run), indent=1))
         return
-    from jaxlab.train import train
+    if isinstance(run, config.Run):
+        from jaxlab.train import train
 
-    train(run)
+        train(run)
+    else:
+        from jaxlab.rl import launch
+
+        launch.train(run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import hmac
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,21 @@ from jaxlab.errors import UserError
 
 LARGEST = 2**22
 """Bytes of a message; a larger one ends the connection."""
+
+
+class Codec(NamedTuple):
+    """How a message is written; what arrives is data to `loads`, never code."""
+
+    dumps: Callable[[Any], bytes]
+    loads: Callable[[bytes], Any]
+    """raises ValueError, TypeError or RecursionError on what it cannot read"""
+    largest: int
+    """bytes of a message"""
+
+
+JSON = Codec(
+    lambda value: json.dumps(value, allow_nan=False).encode(), json.loads, LARGEST
+)
 
 
 class Keys(NamedTuple):
@@ -85,15 +100,15 @@ def read_keys(path: str | Path) -> Keys:
 class Channel:
     """One end; `send` and `receive` never block longer than they are told to."""
 
-    def __init__(self, socket: Any, routes: bool) -> None:
+    def __init__(self, socket: Any, routes: bool, codec: Codec) -> None:
         """`routes`: the master's end, which has many others."""
-        self._socket, self._routes = socket, routes
+        self._socket, self._routes, self._codec = socket, routes, codec
         self.refused = 0
         """messages dropped because they were garbled"""
 
     def send(self, kind: str, body: dict[str, Any], to: bytes = b"") -> bool:
         """Queues a message; False if the other end is gone or too far behind."""
-        data = json.dumps({"kind": kind, "body": body}, allow_nan=False).encode()
+        data = self._codec.dumps({"kind": kind, "body": body})
         try:
             parts = [to, data] if self._routes else [data]
             self._socket.send_multipart(parts, zmq.NOBLOCK)
@@ -114,28 +129,27 @@ class Channel:
             except zmq.Again:
                 break
             sender = parts[0] if self._routes else b""
-            message = _decoded(sender, parts[-1]) if len(parts) <= 2 else None
+            message = self._decoded(sender, parts[-1]) if len(parts) <= 2 else None
             if message is None:
                 self.refused += 1
             else:
                 found.append(message)
         return found
 
-
-def _decoded(sender: bytes, data: bytes) -> Message | None:
-    """A message, or None if it is none."""
-    try:
-        found = json.loads(data)
-        kind, body = found["kind"], found["body"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    if not isinstance(kind, str) or not isinstance(body, dict):
-        return None
-    return Message(sender, kind, body)
+    def _decoded(self, sender: bytes, data: bytes) -> Message | None:
+        """A message, or None if it is none."""
+        try:
+            found = self._codec.loads(data)
+            kind, body = found["kind"], found["body"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        if not isinstance(kind, str) or not isinstance(body, dict):
+            return None
+        return Message(sender, kind, body)
 
 
 @contextlib.contextmanager
-def listen(keys: Keys) -> Iterator[Channel]:
+def listen(keys: Keys, codec: Codec = JSON) -> Iterator[Channel]:
     """The master's end, at `keys.address`.
 
     Raises:
@@ -151,14 +165,14 @@ def listen(keys: Keys) -> Iterator[Channel]:
         socket.curve_server = True
         socket.curve_publickey = keys.master_public.encode()
         socket.curve_secretkey = keys.master_secret.encode()
-        _limit(socket)
+        _limit(socket, codec)
         try:
             socket.bind(keys.address)
         except zmq.ZMQError as error:
             raise UserError(
                 f"cannot listen at {keys.address}: {error}; choose another --address"
             ) from error
-        yield Channel(socket, True)
+        yield Channel(socket, True, codec)
     finally:
         guard.stop()
         context.destroy(linger=200)
@@ -176,7 +190,7 @@ class _Known:
 
 
 @contextlib.contextmanager
-def connect(keys: Keys) -> Iterator[Channel]:
+def connect(keys: Keys, codec: Codec = JSON) -> Iterator[Channel]:
     """An agent's end; connects again by itself as long as it lives."""
     context = zmq.Context()
     try:
@@ -184,15 +198,15 @@ def connect(keys: Keys) -> Iterator[Channel]:
         socket.curve_serverkey = keys.master_public.encode()
         socket.curve_publickey = keys.agent_public.encode()
         socket.curve_secretkey = keys.agent_secret.encode()
-        _limit(socket)
+        _limit(socket, codec)
         socket.connect(keys.address)
-        yield Channel(socket, False)
+        yield Channel(socket, False, codec)
     finally:
         context.destroy(linger=200)
 
 
-def _limit(socket: Any) -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
+def _limit(socket: Any, codec: Codec) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, codec.largest)
     # ZeroMQ's own heartbeats: a vanished peer is noticed, and connected to again.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)

@@ -6,12 +6,16 @@ step, since weights may change under a rollout. Its blob, on disk and on the wir
 safetensors file behind zlib: numbers and text, nothing that could be executed.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxlab.files import write_bytes
 
 LARGEST = 2**30
 """bytes of an unpacked blob; more is refused"""
@@ -168,6 +172,32 @@ def decode(blob: bytes, largest: int = LARGEST) -> Trajectory:
     except Exception as error:  # safetensors has its own exception types
         raise ValueError(f"trajectory blob: {error}") from error
     return _checked(arrays, plain)
+
+
+def write_blob(folder: Path, stem: str, blob: bytes) -> tuple[str, str]:
+    """Writes a blob, synced, under a name that its content decides.
+
+    Returns:
+        its path within `folder`, and its sha256.
+    """
+    sha256 = hashlib.sha256(blob).hexdigest()
+    path = f"{stem}-{sha256[:16]}.trajectory"
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / path, blob)
+    return path, sha256
+
+
+def read_blob(path: Path, sha256: str) -> bytes:
+    """A blob as it was written.
+
+    Raises:
+        ValueError: it is damaged.
+        FileNotFoundError: it is gone.
+    """
+    blob = path.read_bytes()
+    if hashlib.sha256(blob).hexdigest() != sha256:
+        raise ValueError(f"blob {path} is damaged")
+    return blob
 
 
 def _checked(arrays: dict[str, np.ndarray], plain: Any) -> Trajectory:

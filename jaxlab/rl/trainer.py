@@ -1,0 +1,182 @@
+"""The learner's process: lease, update, publish, and now and then save.
+
+Its state is saved with what it has learnt from in mind: `store.acknowledge` follows a
+checkpoint that is whole on disk. A learner that starts again goes on from there, and
+publishes that state under a new version, since the lost ones were used for acting.
+"""
+
+import dataclasses
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlab.rl import figures, wire
+from jaxlab.rl.cluster import heartbeats
+from jaxlab.rl.config import RLRun
+from jaxlab.rl.rollout import chooser
+from jaxlab.rl.store import Store
+from jaxlab.rl.tables import Lease, Stored
+from jaxlab.rl.trajectory import Batch, collate, padded_size
+from jaxlab.rl.weights import prune, save_weights
+
+CONSUMER = "learner"
+
+
+class LearnerSpec(NamedTuple):
+    """What the learner's process is told; plain data."""
+
+    name: str
+    keys: wire.Keys
+    run: RLRun
+    space: Any
+    """the environments' observation space"""
+
+
+def learner_main(spec: LearnerSpec) -> None:
+    """The process: trains to `run.steps`, or until it is told to stop."""
+    stopping = threading.Event()
+    threading.Thread(target=_beat, args=(spec, stopping), daemon=True).start()
+    with wire.connect(spec.keys) as channel:
+        Trainer(spec, channel, stopping).train()
+        channel.send("finished", {})
+        stopping.wait(30.0)
+
+
+def _beat(spec: LearnerSpec, stopping: threading.Event) -> None:
+    with wire.connect(spec.keys) as channel:
+        for _ in heartbeats(channel):
+            body = {"name": spec.name, "pid": os.getpid(), "totals": {}}
+            channel.send("beat", body)
+    stopping.set()
+
+
+class Trainer:
+    """One learner: its state, and where that is saved and published."""
+
+    def __init__(
+        self, spec: LearnerSpec, channel: wire.Channel, stopping: threading.Event
+    ) -> None:
+        import jax
+
+        from jaxlab.program import use_compilation_cache
+        from jaxlab.rl import learner
+
+        use_compilation_cache()
+        self.run, self.channel, self.stopping = spec.run, channel, stopping
+        self.store = Store(self.run.out, self.run.store)
+        self.policy = self.run.policy.build(spec.space)
+        self.learner = learner.build(self.run, self.policy)
+        key = jax.random.key(self.run.seed)
+        self.fresh = lambda: self.learner.init(self.policy.init(key))
+        self.abstract = jax.eval_shape(self.fresh)
+        self.step = 0
+        self.state: Any = None
+
+    def train(self) -> None:
+        """Goes on from the last saved state."""
+        from jaxlab import checkpoint
+
+        run = self.run
+        folder, keep = Path(run.out) / "checkpoints", run.checkpoint
+        with checkpoint.open_checkpoints(
+            folder, keep_last=keep.keep_last, keep_best=0
+        ) as saved:
+            found = checkpoint.restore(
+                saved, self.abstract, description=self._description()
+            )
+            self.state, self.step = found or (self.fresh(), 0)
+            self.store.release(CONSUMER)
+            newest = figures.latest(self.store.database)
+            self.version = -1 if newest is None else newest.version
+            self._publish(None)
+            self.channel.send("trained", {"step": self.step, "resumed": True})
+            while self.step < run.steps and not self.stopping.is_set():
+                self._update()
+                last = self.step == run.steps
+                if last or (keep.every and self.step % keep.every == 0):
+                    self._save(saved)
+            if self.step % (keep.every or run.steps):
+                self._save(saved)
+        self.store.close()
+
+    def _update(self) -> None:
+        """One update, once there are enough groups."""
+        run, begin = self.run, time.monotonic()
+        smallest = 1 if run.curation.keep_uninformative else 2
+        lease = None
+        while lease is None:
+            if self.stopping.is_set():
+                return
+            lease = self.store.lease(
+                run.groups,
+                self.version,
+                run.rollout.max_lag,
+                chooser(run.curation, self.version, run.seed),
+                consumer=CONSUMER,
+                smallest=smallest,
+            )
+            if lease is None:
+                self.store.renew(CONSUMER)
+                time.sleep(0.02)
+        waited = time.monotonic() - begin
+        batch = self._batch(lease)
+        self.state, metrics = self.learner.update(self.state, batch)
+        values = {name: float(value) for name, value in metrics.items()}
+        self.step += 1
+        used = self.version
+        self._publish(lease.id)
+        self.store.renew(CONSUMER)
+        chosen = batch.mask.any(1)
+        entries = [entry for group in lease.groups for entry in group]
+        body = {
+            "step": self.step,
+            "version": self.version,
+            "metrics": values,
+            "figures": {
+                "lag_mean": float(batch.lag[chosen].mean()),
+                "lag_max": float(batch.lag[chosen].max()),
+                "steps": int(chosen.sum()),
+                "trajectories": len(entries),
+                "injected": sum(isinstance(e, Stored) for e in entries),
+                "reward": float(np.mean([e.reward for e in entries if _own(e)])),
+                "wait_seconds": waited,
+                "update_seconds": time.monotonic() - begin - waited,
+            },
+            "used": used,
+        }
+        self.channel.send("trained", body)
+
+    def _batch(self, lease: Lease) -> Batch:
+        groups = [[self.store.load(entry) for entry in g] for g in lease.groups]
+        steps = sum(one.length for group in groups for one in group)
+        return collate(groups, self.version, padded_size(steps))
+
+    def _publish(self, lease: int | None) -> None:
+        """Makes the weights known under the next version."""
+        version = self.version + 1
+        path = f"weights/{version}.safetensors"
+        folder = Path(self.run.out)
+        sha256 = save_weights(folder / path, self.state.params)
+        self.store.publish(version, self.step, path, sha256, lease)
+        self.version = version
+        prune(folder / "weights", 4 + self.run.rollout.workers)
+
+    def _save(self, saved: Any) -> None:
+        """A checkpoint, and then the end of what it has learnt from."""
+        from jaxlab import checkpoint
+
+        checkpoint.save(saved, self.step, self.state, self._description())
+        saved.wait()
+        self.store.acknowledge(self.version, CONSUMER)
+
+    def _description(self) -> dict[str, Any]:
+        policy = self.run.policy
+        return {"model": {"type": type(policy).__name__, **dataclasses.asdict(policy)}}
+
+
+def _own(entry: Any) -> bool:
+    return not isinstance(entry, Stored)
