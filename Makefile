@@ -34,7 +34,7 @@ $(DOCS): $(SOURCES)
 	$(call setup,$(VENV),docs)
 
 $(PEER): $(SOURCES)
-	$(call setup,$(PEERS),dev$(comma)peers$(addprefix $(comma),$(EXTRAS)))
+	$(call setup,$(PEERS),dev$(comma)peers$(comma)cluster$(addprefix $(comma),$(EXTRAS)))
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [EXTRAS=gpu] [ARGS='...']"
@@ -77,7 +77,7 @@ e2e: $(RUN)  ## the whole program once: train, kill -9, resume, compare
 constraints:  ## pin the newest versions there are for PYTHON in constraints/
 	rm -rf .venv-pins
 	PYTHON='$(PYTHON)' PINS=constraints/no-cuda.txt \
-	  sh scripts/setup.sh .venv-pins dev,docs,peers
+	  sh scripts/setup.sh .venv-pins dev,docs,peers,cluster
 	@set -e; cd .venv-pins; \
 	pins=$$(bin/python -c 'import sys; print("py%d%d.txt" % sys.version_info[:2])'); \
 	bin/python -m pip freeze --all --exclude-editable --exclude pip > pins; \

@@ -20,7 +20,7 @@ from jaxlab.rl.rollout import (
 )
 from jaxlab.rl.store import Store
 from jaxlab.rl.tables import Stored, TaskStats
-from tests.test_rl_store import add, add_done, finish, lease
+from tests.test_rl_store import add_done, finish, lease
 
 small = st.integers(0, 12)
 
@@ -58,9 +58,8 @@ def test_a_groups_environments_are_held_until_it_has_ended():
 
 def test_plan_of_a_group_of_a_new_task_and_of_a_solved_one():
     rng = Random(0)
-    assert group_plan(Curation(), TaskStats([], [], None), 10, rng) == [
-        (10, cap) for _, cap in group_plan(Curation(), TaskStats([], [], None), 10, Random(0))
-    ]
+    plan = group_plan(Curation(), TaskStats([], [], None), 10, rng)
+    assert len(plan) == 8 and {cap for cap, _ in plan} == {10}
     solved = TaskStats([1.0] * 16, [False] * 16, 3)
     plan = group_plan(Curation(probe_share=0.0), solved, 10, rng)
     assert plan == [(6, False)] * 2
@@ -146,7 +145,9 @@ def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, max_lag, mode):
         rng.shuffle(running)
         number = int(rng.integers(0, len(running) + 1))
         for ticket, at in running[:number]:
-            used = int(rng.integers(max(at, version - 1 if max_lag else at), version + 1))
+            used = int(
+                rng.integers(max(at, version - 1 if max_lag else at), version + 1)
+            )
             finish(store, ticket, float(rng.integers(2)), version=used, steps=1)
         running = running[number:]
         taken = lease(store, 2, version=version, max_lag=max_lag)
@@ -158,4 +159,3 @@ def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, max_lag, mode):
     assert lag <= max_lag
     if mode == "rollout" and max_lag:
         assert lag == max_lag  # the bound is used, not only kept
-    assert add and plan.version == version

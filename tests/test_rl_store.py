@@ -7,14 +7,15 @@ import time
 
 import numpy as np
 import pytest
-from tests.postgres import programs, server
-from tests.test_rl_trajectory import example, same
 
 from jaxlab.errors import UserError
 from jaxlab.rl import figures
 from jaxlab.rl.curation import Experience, PoolState, Source, pool_add
 from jaxlab.rl.store import Store
 from jaxlab.rl.tables import Choice
+from jaxlab.rl.upkeep import prune, sweep
+from tests.postgres import programs, server
+from tests.test_rl_trajectory import example, same
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -31,9 +32,7 @@ def postgres():
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def address(request):
-    return (
-        None if request.param == "sqlite" else request.getfixturevalue("postgres")
-    )
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres")
 
 
 class Clock:
@@ -119,7 +118,7 @@ def test_a_trajectory_handed_in_again_changes_nothing(store):
     assert counts(store) == {"OPEN": 1}
     finish(store, tickets[1])
     assert [m.reward for m in lease(store).groups[0]] == [1.0, 1.0]
-    assert store.sweep() == 0  # no blob of the refused one is left
+    assert sweep(store) == 0  # no blob of the refused one is left
 
 
 def test_a_rollout_that_dies_runs_again_and_is_given_up(store):
@@ -269,12 +268,26 @@ def test_blobs_without_a_row_are_swept_away(store):
     orphan = store.folder / "blobs/00000/9-beef.trajectory"
     orphan.write_bytes(b"half")
     (store.folder / "blobs/.x.tmp").write_bytes(b"")
-    assert store.sweep() == 2 and not orphan.exists()
+    assert sweep(store) == 2 and not orphan.exists()
     member = lease(store).groups[0][0]
     store.load(member)
     (store.folder / member.path).write_bytes(b"flipped")
     with pytest.raises(ValueError, match="damaged"):
         store.load(member)
+
+
+def test_old_blobs_go_and_their_rows_stay(store):
+    for _ in range(3):
+        add_done(store)
+    store.publish(1, 1, "weights/1", "00", lease(store, 2).id)
+    store.acknowledge(1, "a")
+    kept = store.put(finish(store, add(store)[0])[0])  # open: not done with
+    assert not kept and prune(store, 5, most=1) == 1
+    assert prune(store, 5) == 1 and prune(store, 5) == 0
+    assert prune(store, 0) == 2  # of the four used ones; READY and OPEN stay
+    rows = store.database.query("SELECT path FROM trajectory ORDER BY rollout")
+    assert [row[0] is None for row in rows] == [True] * 4 + [False] * 3
+    assert len(list((store.folder / "blobs").rglob("*.trajectory"))) == 3
 
 
 def test_figures_of_a_task(store):

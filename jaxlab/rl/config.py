@@ -174,6 +174,9 @@ class RLRun:
     """updates between logged metrics"""
     store: str | None = None
     """postgresql://... for several hosts; None: SQLite in the run folder"""
+    keep_blobs: int | None = 5000
+    """newest rollouts whose frames stay on disk, beside those in the experience pool;
+    None: all"""
     engine: Literal["local", "ray"] = "local"
     """where the processes run: on this host, or on those of a Ray cluster"""
     ray_address: str | None = None

@@ -22,6 +22,7 @@ from jaxlab.rl.service import Router, Send
 from jaxlab.rl.store import Store
 from jaxlab.rl.tables import Ticket
 from jaxlab.rl.trajectory import decode
+from jaxlab.rl.upkeep import prune
 
 
 class Frame(NamedTuple):
@@ -99,14 +100,17 @@ class Keeper:
         # What the last coordinator had begun, and no spool has handed in.
         store.requeue()
         self.outbox.put(("tickets", (planner.version, store.queued())))
-        looked = 0.0
+        looked, pruned = 0.0, time.monotonic()
         while True:
             items = self._take()
+            self._write(store, pool, items)
             if any(kind == "stop" for kind, _ in items):
                 store.close()
                 pool.shutdown()
                 return
-            self._write(store, pool, items)
+            if self.run.keep_blobs is not None and time.monotonic() - pruned > 10.0:
+                pruned = time.monotonic()
+                prune(store, self.run.keep_blobs)
             if items or time.monotonic() - looked > 0.05:
                 looked = time.monotonic()
                 before = planner.version
@@ -176,11 +180,19 @@ class Hub:
         self.queue: list[Ticket] = []
         self.version = -1
         self.finished = False
+        self.answers = 0
+        """actions answered"""
         self.stored: list[Any] = []
         """trajectories stored since somebody last looked"""
         self.news: list[dict[str, Any]] = []
         """what the learner has told since somebody last looked"""
-        self._held: list[tuple[bytes, dict[str, Any]]] = []
+        self.deaths = 0
+        """of environments, since the last rollout that was finished"""
+        self.last_death = ""
+        self.lines: list[str] = []
+        """for the user"""
+        self._held: dict[str, tuple[bytes, dict[str, Any]]] = {}
+        """in lockstep: the requests of the slots that wait for the others"""
         self._since = time.monotonic()
         self._peers: dict[str, bytes] = {}
         """of processes, by name"""
@@ -225,7 +237,7 @@ class Hub:
         slot = self._slot(peer, body)
         slot.frame = Frame(body["image"], body["text"], body["t"], None)
         if self.run.rollout.mode == "lockstep":
-            self._held.append((peer, body))
+            self._held[body["slot"]] = (peer, body)
         else:
             self._send(self.router.ask(peer, body))
 
@@ -234,17 +246,21 @@ class Hub:
         trajectory = decode(body["blob"])
         if slot.ticket is not None and slot.ticket.rollout == trajectory.id:
             slot.ticket = None
+            self._held.pop(body["slot"], None)
+        self.deaths = 0
         self.router.forget(trajectory.id)
         self.queue = [t for t in self.queue if t.rollout != trajectory.id]
         self.keeper.inbox.put(("done", (peer, body["blob"], trajectory)))
 
     def _on_died(self, peer: bytes, body: dict[str, Any]) -> None:
+        self.deaths, self.last_death = self.deaths + 1, str(body["error"])
         slot = self.slots.get(body["slot"])
         ticket = slot.ticket if slot is not None else None
         if slot is None or ticket is None:
             self.note("environment_died", slot=body["slot"], error=body["error"])
         elif ticket.rollout == body["rollout"]:
             slot.ticket = None
+            self._held.pop(body["slot"], None)
             self._lost(ticket, body["error"])
 
     def _lost(self, ticket: Ticket, error: str) -> None:
@@ -279,8 +295,8 @@ class Hub:
         """Lockstep: lets the requests go when every environment at work has asked."""
         running = sum(slot.ticket is not None for slot in self.slots.values())
         if self._held and len(self._held) >= running:
-            held, self._held = self._held, []
-            for peer, body in held:
+            held, self._held = self._held, {}
+            for peer, body in held.values():
                 self._send(self.router.ask(peer, body))
 
     # --------------------------------------------------------------- workers
@@ -290,6 +306,7 @@ class Hub:
         self._send(self.router.join(body["name"], peer))
 
     def _on_acted(self, peer: bytes, body: dict[str, Any]) -> None:
+        self.answers += 1
         self._send(self.router.answer(body["name"], body))
 
     def _on_loaded(self, peer: bytes, body: dict[str, Any]) -> None:
@@ -306,6 +323,9 @@ class Hub:
 
     def _on_trained(self, peer: bytes, body: dict[str, Any]) -> None:
         self.news.append(body)
+
+    def _on_line(self, peer: bytes, body: dict[str, Any]) -> None:
+        self.lines.append(str(body["line"]))
 
     def _on_finished(self, peer: bytes, body: dict[str, Any]) -> None:
         self.finished = True

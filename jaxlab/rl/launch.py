@@ -1,31 +1,51 @@
 """Starts the processes of a run and keeps them alive until it has ended."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlab import config, metrics
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import locked_folder, write_text
-from jaxlab.rl import wire
+from jaxlab.rl import upkeep, wire
 from jaxlab.rl.cluster import HostSpec, host_main, make_env
 from jaxlab.rl.config import RLRun, validate
 from jaxlab.rl.hub import Hub
-from jaxlab.rl.processes import DEATHS, Local
-from jaxlab.rl.report import Report, rows, strip, table
+from jaxlab.rl.processes import DEATHS, USER_ERROR, Engine, Local
+from jaxlab.rl.report import Report, describe, rows, strip, table
 from jaxlab.rl.service import WorkerSpec, worker_main
 from jaxlab.rl.store import Store
 from jaxlab.rl.trainer import LearnerSpec, learner_main
+from jaxlab.rl.trajectory import Trajectory
 
 Say = Callable[[str], None]
+PICTURES = 30.0
+"""seconds between pictures of an episode in TensorBoard"""
+
+
+class Mains(NamedTuple):
+    """What the processes of a run do."""
+
+    host: Callable[[HostSpec], None] = host_main
+    worker: Callable[[WorkerSpec], None] = worker_main
+    learner: Callable[[LearnerSpec], None] = learner_main
+
+
+MAINS = Mains()
+print_line = functools.partial(print, flush=True)
 
 
 def train(
-    run: RLRun, say: Say = print, watch: Callable[[Hub, Any], None] | None = None
+    run: RLRun,
+    say: Say = print_line,
+    watch: Callable[[Hub, Any], None] | None = None,
+    mains: Mains = MAINS,
 ) -> None:
     """Trains a policy to `run.steps` updates, or to a signal; resumes by itself.
 
@@ -33,6 +53,7 @@ def train(
         run: what to do; see `jaxlab.rl.config.RLRun`.
         say: takes the lines for the user.
         watch: called now and then with the hub and the engine, for what looks on.
+        mains: of the processes; others are for measuring.
 
     Raises:
         UserError: bad configuration or run folder, or a part that cannot run.
@@ -46,14 +67,16 @@ def train(
         out = Path(run.out)
         write_record(run, out)
         store = Store(out, run.store)
-        store.sweep()
+        upkeep.sweep(store)
         store.close()
         asked = stack.enter_context(stop_requests())
-        keys = wire.new_keys()
+        engine = open_engine(run)
+        keys = wire.new_keys(engine.address)
         hub = Hub(run, stack.enter_context(wire.listen(keys)))
         hub.keeper.thread.start()
-        engine = Local()
-        add_parts(engine, run, keys._replace(master_secret=""), space)
+        # Other processes may have another working directory.
+        absolute = dataclasses.replace(run, out=str(out.absolute()))
+        add_parts(engine, absolute, keys._replace(master_secret=""), space, mains)
         loop = Loop(run, hub, engine, say)
         try:
             with loop.shown():
@@ -100,16 +123,32 @@ def write_record(run: RLRun, out: Path) -> None:
     write_text(out / "versions.json", json.dumps(versions(), indent=1) + "\n")
 
 
-def add_parts(engine: Any, run: RLRun, keys: wire.Keys, space: Any) -> None:
+def open_engine(run: RLRun) -> Engine:
+    """What starts the processes.
+
+    Raises:
+        UserError: Ray is missing, or its cluster cannot be reached.
+    """
+    if run.engine == "local":
+        return Local()
+    from jaxlab.rl.cluster_ray import Ray
+
+    return Ray(run)
+
+
+def add_parts(
+    engine: Engine, run: RLRun, keys: wire.Keys, space: Any, mains: Mains
+) -> None:
     """Tells an engine what is to be alive."""
     for index in range(run.envs.hosts):
         name = f"host{index}"
         spool = str(Path(run.out) / "spool" / name)
-        engine.add(name, host_main, HostSpec(name, keys, run.envs, spool))
+        engine.add(name, mains.host, HostSpec(name, keys, run.envs, spool))
     for index in range(run.rollout.workers):
         name = f"worker{index}"
-        engine.add(name, worker_main, WorkerSpec(name, index, keys, run, space))
-    engine.add("learner", learner_main, LearnerSpec("learner", keys, run, space))
+        spec = WorkerSpec(name, index, keys, run, space)
+        engine.add(name, mains.worker, spec)
+    engine.add("learner", mains.learner, LearnerSpec("learner", keys, run, space))
 
 
 class Loop:
@@ -122,12 +161,13 @@ class Loop:
         say: takes the lines for the user.
     """
 
-    def __init__(self, run: RLRun, hub: Hub, engine: Local, say: Say) -> None:
+    def __init__(self, run: RLRun, hub: Hub, engine: Engine, say: Say) -> None:
         self.run, self.hub, self.engine, self.say = run, hub, engine, say
         self.report, self.step = Report(run), 0
         self._writer: Any = None
         self._live: Any = None
-        self._polled = self._drawn = 0.0
+        self._polled = self._drawn = self._pictured = 0.0
+        self._newest: Trajectory | None = None
 
     def turn(self) -> None:
         """What is to be done for a moment."""
@@ -137,10 +177,14 @@ class Loop:
             self._polled = now
             for name in self.engine.poll():
                 self._died(name)
+            self._check_environments()
         stored, self.hub.stored = self.hub.stored, []
         self.report.stored_trajectories(stored)
-        if stored and self._writer is not None:
-            self._last_seen = stored[-1]
+        if stored:
+            self._newest = stored[-1]
+        lines, self.hub.lines = self.hub.lines, []
+        for line in lines:
+            self.say(line)
         news, self.hub.news = self.hub.news, []
         for body in news:
             self._told(body)
@@ -150,15 +194,26 @@ class Loop:
 
     def _died(self, name: str) -> None:
         process = self.engine.processes[name]
-        if name == "learner" and process.code == 0 and self.hub.finished:
-            return
+        code, deaths = process.code, len(process.deaths)
+        if name == "learner" and code == 0:
+            return  # it has said that it is done
         self.hub.gone(name)
-        self.say(f"{name} ended with {process.code}; it is started again")
-        if len(process.deaths) >= DEATHS and not name.startswith("host"):
+        if code == USER_ERROR:
+            raise UserError(f"{name} cannot go on, for the reason above")
+        # A signal is somebody else's doing; an exit is the part's own.
+        if deaths >= DEATHS and code is not None and code > 0 and name[:4] != "host":
             raise UserError(
-                f"{name} has died {DEATHS} times in a minute (last exit code "
-                f"{process.code}; its messages are above); what is stored is kept, "
-                "and the same command goes on from there"
+                f"{name} has died {DEATHS} times in a minute (last exit code {code}; see "
+                "above); what is stored is kept, and the same command goes on from there"
+            )
+        self.say(f"{name} ended with {code}; it is started again")
+
+    def _check_environments(self) -> None:
+        """Raises UserError if environments only die."""
+        if self.hub.deaths > 10 * self.run.envs.hosts * self.run.envs.slots:
+            raise UserError(
+                f"environments of {self.run.envs.id} died {self.hub.deaths} times and "
+                f"finished no rollout meanwhile; the last: {self.hub.last_death}"
             )
 
     def _told(self, body: dict[str, Any]) -> None:
@@ -177,6 +232,11 @@ class Loop:
         values |= {f"rl/{name}": value for name, value in body["figures"].items()}
         values |= self.report.scalars(self.hub)
         self._writer.scalars(self.step, values)
+        now = time.monotonic()
+        if self._newest is not None and now - self._pictured > PICTURES:
+            self._pictured = now
+            self._writer.image(self.step, "rl/episode", strip(self._newest))
+            self._writer.text(self.step, "rl/episode", describe(self._newest))
         if self._live is None:
             self.say(
                 f"update {self.step}/{self.run.steps}: success "
@@ -201,7 +261,7 @@ class Loop:
     def close(self) -> None:
         """Ends all processes, in order: those that act first."""
         self.hub.stop()
-        self.engine.stop(10.0)
+        self.engine.stop(60.0)  # a checkpoint may take a while
         with contextlib.suppress(Exception):
             self.hub.step(0.05)  # what was handed in last
         self.hub.keeper.inbox.put(("stop", None))

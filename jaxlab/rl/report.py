@@ -83,12 +83,23 @@ class Report:
 def strip(trajectory: Trajectory, most: int = 8) -> np.ndarray:
     """An episode as one image: what was seen, left to right; uint8 [h, w, 3].
 
-    A red cross shows where each click went; the last frame is after the last action.
+    The last frame is after the last action; of a long episode the first `most`.
     """
     frames = [*trajectory.images[:most], trajectory.final]
     gap = np.full((frames[0].shape[0], 2, 3), 255, np.uint8)
     parts = [part for frame in frames for part in (frame, gap)]
     return np.concatenate(parts[:-1], axis=1)
+
+
+def describe(trajectory: Trajectory) -> str:
+    """An episode's task, instruction, tokens, and what came of it, as Markdown."""
+    one = trajectory
+    actions = [" ".join(map(str, row[row >= 0])) for row in one.tokens]
+    listed = "\n".join(f"{t + 1}. `{action}`" for t, action in enumerate(actions))
+    return (
+        f"{one.task}, seed {one.seed}: {one.text}\n\n{listed}\n\n"
+        f"reward {one.reward:.2f}, versions {one.version.min()} to {one.version.max()}"
+    )
 
 
 def table(rows: Sequence[tuple[str, str]]) -> Any:

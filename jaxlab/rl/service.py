@@ -14,7 +14,7 @@ answer depends neither on the worker nor on who shares the batch.
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxlab.rl import wire
 from jaxlab.rl.cluster import BEAT, LOST
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.tables import Version
+from jaxlab.rl.weights import load_weights
 
 Key = tuple[int, int]
 """(rollout, t)"""
@@ -195,13 +196,18 @@ class WorkerSpec(NamedTuple):
     """the environments' observation space"""
 
 
-def worker_main(spec: WorkerSpec) -> None:
-    """The process: compiles, then answers until it is told to stop."""
+def worker_main(
+    spec: WorkerSpec, load: Callable[[str, str, Any], Any] = load_weights
+) -> None:
+    """The process: compiles, then answers until it is told to stop.
+
+    Args:
+        spec: what it is told.
+        load: reads weights, as `load_weights` does.
+    """
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     )
-    from jaxlab.rl.weights import load_weights
-
     answerer = Answerer(spec)
     params: Any = None
     version, parent = -1, os.getppid()
@@ -238,7 +244,7 @@ def worker_main(spec: WorkerSpec) -> None:
                 rows, batches = rows + take, batches + 1
             if wanted is not None and not queue:  # what was asked before goes first
                 path = f"{spec.run.out}/{wanted['path']}"
-                params = load_weights(path, wanted["sha256"], answerer.template)
+                params = load(path, wanted["sha256"], answerer.template)
                 version = wanted["version"]
                 if not answerer.warm:
                     answerer.warm_up(params)

@@ -204,23 +204,6 @@ class Store:
             )
         return [row[0] for row in rows]
 
-    def sweep(self) -> int:
-        """Removes blobs that no row speaks of, as a kill leaves them; their number.
-
-        For a coordinator that starts: nothing else may be writing.
-        """
-        known = {
-            row[0]
-            for table in ("trajectory", "experience")
-            for row in self.database.query(f"SELECT path FROM {table}")
-        }
-        gone = 0
-        for path in (self.folder / "blobs").rglob("*"):
-            if path.is_file() and str(path.relative_to(self.folder)) not in known:
-                path.unlink()
-                gone += 1
-        return gone
-
     def _end_of_rollout(self, t: Transaction, group: int) -> None:
         t.run(
             "UPDATE grouping SET open = open - 1 WHERE id = ? AND state = 'OPEN'", group
@@ -281,7 +264,9 @@ class Store:
                 state = "STALE"
                 if len(members) >= smallest:
                     rewards = [member.reward for member in members]
-                    choice = choose(group, task, rewards, lambda task=task: _pool(t, task))
+                    choice = choose(
+                        group, task, rewards, lambda task=task: _pool(t, task)
+                    )
                     if choice.keep:
                         chosen.append((group, members, choice.inject))
                         if len(chosen) == count:

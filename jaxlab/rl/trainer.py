@@ -10,14 +10,15 @@ import os
 import threading
 import time
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlab.rl import figures, wire
-from jaxlab.rl.cluster import heartbeats
+from jaxlab.rl.cluster import heartbeats, make_env
 from jaxlab.rl.config import RLRun
-from jaxlab.rl.rollout import chooser
+from jaxlab.rl.rollout import TRAINING_SEEDS, chooser
 from jaxlab.rl.store import Store
 from jaxlab.rl.tables import Lease, Stored
 from jaxlab.rl.trajectory import Batch, collate, padded_size
@@ -47,10 +48,15 @@ def learner_main(spec: LearnerSpec) -> None:
 
 
 def _beat(spec: LearnerSpec, stopping: threading.Event) -> None:
+    """Heartbeats, and leases kept alive, also while an update takes long."""
+    store, renewed = Store(spec.run.out, spec.run.store), time.monotonic()
     with wire.connect(spec.keys) as channel:
         for _ in heartbeats(channel):
             body = {"name": spec.name, "pid": os.getpid(), "totals": {}}
             channel.send("beat", body)
+            if time.monotonic() - renewed > 10.0:
+                renewed = time.monotonic()
+                store.renew(CONSUMER)
     stopping.set()
 
 
@@ -70,9 +76,10 @@ class Trainer:
         self.store = Store(self.run.out, self.run.store)
         self.policy = self.run.policy.build(spec.space)
         self.learner = learner.build(self.run, self.policy)
-        key = jax.random.key(self.run.seed)
-        self.fresh = lambda: self.learner.init(self.policy.init(key))
-        self.abstract = jax.eval_shape(self.fresh)
+        self.key = jax.random.key(self.run.seed)
+        self.abstract = jax.eval_shape(
+            lambda: self.learner.init(self.policy.init(self.key))
+        )
         self.step = 0
         self.state: Any = None
 
@@ -88,12 +95,14 @@ class Trainer:
             found = checkpoint.restore(
                 saved, self.abstract, description=self._description()
             )
-            self.state, self.step = found or (self.fresh(), 0)
+            self.state, self.step = found or (self._first(), 0)
             self.store.release(CONSUMER)
             newest = figures.latest(self.store.database)
             self.version = -1 if newest is None else newest.version
             self._publish(None)
             self.channel.send("trained", {"step": self.step, "resumed": True})
+            if found is None:
+                self._save(saved)  # what was imitated need not be so again
             while self.step < run.steps and not self.stopping.is_set():
                 self._update()
                 last = self.step == run.steps
@@ -102,6 +111,40 @@ class Trainer:
             if self.step % (keep.every or run.steps):
                 self._save(saved)
         self.store.close()
+
+    def _first(self) -> Any:
+        """The state to start from: of fresh weights, or of such that have imitated."""
+        from jaxlab.rl.learner import clone
+        from jaxlab.rl.play import Job, demonstrate, seeds
+
+        run, cloning = self.run, self.run.cloning
+        params = self.policy.init(self.key)
+        if not cloning.updates:
+            return self.learner.init(params)
+        tasks, per_task = run.envs.tasks, run.curation.per_task
+        jobs = [
+            Job(i, tasks[i % len(tasks)], seed, limit=run.envs.max_steps)
+            for i, seed in enumerate(seeds(run.seed, cloning.episodes, TRAINING_SEEDS))
+        ]
+        env, shown = make_env(run.envs), []
+        for one in demonstrate(self.policy, env, jobs, Random(run.seed)):
+            shown.append(one)
+            good = sum(x.task == one.task and x.reward > 0 for x in shown)
+            if run.curation.experience and one.reward > 0 and good <= per_task:
+                self.store.add_experience(one, per_task)
+        env.close()
+        self.channel.send("line", {"line": f"imitating {len(shown)} episodes"})
+        updates = clone(cloning, self.policy, params, shown, run.seed)
+        for number, (imitator, told) in enumerate(updates, 1):
+            params = imitator
+            if self.stopping.is_set():
+                break
+            if number % 100 == 0 or number == cloning.updates:
+                line = (
+                    f"imitation {number}/{cloning.updates}: {float(told['loss']):.3f}"
+                )
+                self.channel.send("line", {"line": line + " nats an action"})
+        return self.learner.init(params)
 
     def _update(self) -> None:
         """One update, once there are enough groups."""
@@ -120,7 +163,6 @@ class Trainer:
                 smallest=smallest,
             )
             if lease is None:
-                self.store.renew(CONSUMER)
                 time.sleep(0.02)
         waited = time.monotonic() - begin
         batch = self._batch(lease)
@@ -129,7 +171,6 @@ class Trainer:
         self.step += 1
         used = self.version
         self._publish(lease.id)
-        self.store.renew(CONSUMER)
         chosen = batch.mask.any(1)
         entries = [entry for group in lease.groups for entry in group]
         body = {

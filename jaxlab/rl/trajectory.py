@@ -296,13 +296,11 @@ def collate(
 
 
 def padded_size(steps: int, smallest: int = 32) -> int:
-    """Steps of the batch that so many go into: few sizes, each compiled once.
+    """Steps of the batch that so many go into: few sizes, since each is compiled.
 
-    `smallest` times a power of 2, or 1.5 times that: at most a third is padding.
+    `smallest` times a power of 2, so at most half is padding.
     """
     size = smallest
     while size < steps:
-        if size * 3 // 2 >= steps:
-            return size * 3 // 2
         size *= 2
     return size

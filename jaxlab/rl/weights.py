@@ -5,7 +5,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlab.files import write_bytes
@@ -13,6 +12,7 @@ from jaxlab.files import write_bytes
 
 def save_weights(path: Path, params: Any) -> str:
     """Writes weights, synced; their sha256."""
+    import jax
     from safetensors.numpy import save
 
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -33,6 +33,7 @@ def load_weights(path: str | Path, sha256: str, template: Any) -> Any:
     Raises:
         ValueError: the file is another than was published, or of another policy.
     """
+    import jax
     from safetensors.numpy import load
 
     data = Path(path).read_bytes()
