@@ -1,5 +1,6 @@
 """Which rollouts begin and when, and what becomes of a group: pure, or on SQLite."""
 
+import os
 from random import Random
 
 import numpy as np
@@ -85,9 +86,16 @@ def test_what_becomes_of_a_group():
     assert keep(1, "click", [1.0, 1.0], pool) == (True, None)
 
 
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """Nobody pulls the plug here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def planner(tmp_path, **fields):
     run = RLRun(out=str(tmp_path), envs=Envs(tasks=("click", "color")), **fields)
     store = Store(tmp_path)
+    store.database.query("PRAGMA synchronous = OFF")
     return Planner(run, store), store
 
 
@@ -129,9 +137,12 @@ def test_a_task_that_is_behind_goes_first(tmp_path):
     assert {t.task for t in plan.plan(8, 0, 0)} == {"color"}
 
 
-@pytest.mark.parametrize("max_lag", [0, 1, 2, 4])
-@pytest.mark.parametrize("mode", ["rollout", "task", "batch"])
-def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, max_lag, mode):
+@pytest.mark.parametrize(
+    ("mode", "max_lag"),
+    [("rollout", 0), ("rollout", 1), ("rollout", 2), ("rollout", 4), ("task", 1)]
+    + [("batch", 1)],
+)
+def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, mode, max_lag):
     """A learner, and environments that finish in any order with weights of any age."""
     plan, store = planner(
         tmp_path, rollout=Rollout(max_lag=max_lag, mode=mode), groups=2
@@ -139,7 +150,7 @@ def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, max_lag, mode):
     rng = np.random.default_rng(max_lag)
     version, running = 0, []
     store.publish(0, 0, "weights/0", "00")
-    for _ in range(60):
+    for _ in range(40):
         begun = [(t, version) for t in plan.plan(6, len(running), 0)]
         running += begun
         rng.shuffle(running)

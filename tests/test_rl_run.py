@@ -3,7 +3,6 @@
 import collections
 import os
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -94,17 +93,15 @@ def synchronous(run: RLRun, folder) -> list:
 
 
 def killer(*names):
-    """Kills parts by their process ids, one a second once rollouts are stored."""
-    left, last = list(names), [0.0]
+    """Kills parts by their process ids, once there are weights that have learnt."""
+    left = list(names)
 
     def watch(hub, engine):
-        now = time.monotonic()
-        if left and hub.version >= 1 and now - last[0] > 1.0:
-            pid = engine.pid(left[0])
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
-                left.pop(0)
-                last[0] = now
+        if hub.version < 1:
+            return
+        for name in [name for name in left if engine.pid(name) is not None]:
+            os.kill(engine.pid(name), signal.SIGKILL)
+            left.remove(name)
 
     watch.left = left
     return watch

@@ -110,6 +110,14 @@ def test_a_publication_during_a_roll_goes_to_those_still_to_come():
     assert [s.body["version"] for s in third] == [2]
 
 
+def test_a_worker_that_found_no_weights_is_told_of_the_newest():
+    router = router_with(1)
+    router.publish(version(1))
+    router.publish(version(2))
+    [send] = router.loaded("w0", 0)  # those of version 1 are gone already
+    assert send.body["version"] == 2 and router.serving() == 0
+
+
 def test_a_request_waits_for_the_version_that_it_needs():
     router = router_with(2)
     router.publish(version(1))  # w0 loads

@@ -203,8 +203,8 @@ class Loop:
         # A signal is somebody else's doing; an exit is the part's own.
         if deaths >= DEATHS and code is not None and code > 0 and name[:4] != "host":
             raise UserError(
-                f"{name} has died {DEATHS} times in a minute (last exit code {code}; see "
-                "above); what is stored is kept, and the same command goes on from there"
+                f"{name} has died {DEATHS} times in a minute (exit code {code}; see "
+                "above); what is stored is kept: the same command goes on from there"
             )
         self.say(f"{name} ended with {code}; it is started again")
 

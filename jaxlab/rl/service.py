@@ -11,6 +11,7 @@ before it serves. Each row has its own random key, of the run, the rollout and t
 answer depends neither on the worker nor on who shares the batch.
 """
 
+import contextlib
 import os
 import time
 from collections import OrderedDict, deque
@@ -144,13 +145,11 @@ class Router:
         return self._roll() + self.flush()
 
     def loaded(self, name: str, version: int) -> list[Send]:
-        """A worker has loaded weights."""
+        """A worker has done as it was told, or could not, and now has this version."""
         worker = self.workers.get(name)
         if worker is None:
             return []
-        worker.version = version
-        if worker.loading <= version:
-            worker.loading = -1
+        worker.version, worker.loading = version, -1
         return self._roll() + self.flush()
 
     def publish(self, version: Version) -> list[Send]:
@@ -244,10 +243,12 @@ def worker_main(
                 rows, batches = rows + take, batches + 1
             if wanted is not None and not queue:  # what was asked before goes first
                 path = f"{spec.run.out}/{wanted['path']}"
-                params = load(path, wanted["sha256"], answerer.template)
-                version = wanted["version"]
-                if not answerer.warm:
-                    answerer.warm_up(params)
+                # They may be gone where newer ones have come meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    params = load(path, wanted["sha256"], answerer.template)
+                    version = wanted["version"]
+                    if not answerer.warm:
+                        answerer.warm_up(params)
                 channel.send("loaded", {"name": spec.name, "version": version})
                 wanted = None
 

@@ -127,10 +127,11 @@ class Trainer:
             for i, seed in enumerate(seeds(run.seed, cloning.episodes, TRAINING_SEEDS))
         ]
         env, shown = make_env(run.envs), []
+        wanted = dict.fromkeys(tasks, per_task if run.curation.experience else 0)
         for one in demonstrate(self.policy, env, jobs, Random(run.seed)):
             shown.append(one)
-            good = sum(x.task == one.task and x.reward > 0 for x in shown)
-            if run.curation.experience and one.reward > 0 and good <= per_task:
+            if one.reward > 0 and wanted[one.task]:
+                wanted[one.task] -= 1
                 self.store.add_experience(one, per_task)
         env.close()
         self.channel.send("line", {"line": f"imitating {len(shown)} episodes"})
@@ -138,7 +139,7 @@ class Trainer:
         for number, (imitator, told) in enumerate(updates, 1):
             params = imitator
             if self.stopping.is_set():
-                break
+                raise SystemExit  # it is not saved: the next start imitates anew
             if number % 100 == 0 or number == cloning.updates:
                 line = (
                     f"imitation {number}/{cloning.updates}: {float(told['loss']):.3f}"
