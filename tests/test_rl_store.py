@@ -3,6 +3,8 @@
 import collections
 import importlib.util
 import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -372,7 +374,7 @@ def _die_with_a_lease(folder, address):
     store = Store(folder, address)
     with store.database.transaction() as t:
         t.run("UPDATE grouping SET state = 'LEASED' WHERE state = 'READY'")
-        multiprocessing.current_process().kill()
+        os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
 

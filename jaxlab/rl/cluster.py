@@ -27,7 +27,7 @@ from jaxlab.rl import wire
 from jaxlab.rl.config import Envs
 from jaxlab.rl.trajectory import Step, assemble, encode
 
-STATES = ("busy", "reset", "wait_policy", "wait_task", "down")
+STATES: tuple[str, ...] = ("busy", "reset", "wait_policy", "wait_task", "down")
 """what a slot does: busy in a step, reset, waiting, or making its environment"""
 BEAT = 0.5
 """seconds between heartbeats"""

@@ -58,7 +58,7 @@ class Ray(Engine):
             self.address = ray.util.get_node_ip_address()
         self._owned = run.ray_address is None
         # Two threads: it tells its process id while it runs its part.
-        self._actor = ray.remote(max_restarts=0, max_concurrency=2)(Part)
+        self._actor = self._ray.remote(max_restarts=0, max_concurrency=2)(Part)
 
     def start(self, process: Process) -> Any:
         """An actor with a CPU of its own; the learner takes a GPU if there is one."""

@@ -125,6 +125,10 @@ def connect(where: str | Path, schema: str, tables: str) -> Database:
         if database.is_postgres:
             # Two processes that create the same at once fail each other otherwise.
             t.run("SELECT pg_advisory_xact_lock(723191)")
+            if t.all(
+                "SELECT 1 FROM information_schema.tables WHERE table_schema = ?", schema
+            ):
+                return database  # to make them again would wait for who writes there
             t.run(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
         for statement in filter(str.strip, tables.split(";")):
             if database.is_postgres:

@@ -81,7 +81,7 @@ class Keeper:
         self.run = run
         self.inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.demand = (0, 0, 0)
+        self.demand: tuple[int, int, int] = (0, 0, 0)
         """slots that are up, rollouts that run, rollouts that wait for a slot"""
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._main, daemon=True, name="keeper")
@@ -208,7 +208,7 @@ class Hub:
             try:
                 handler(message.sender, message.body)
             except (KeyError, TypeError, ValueError) as error:
-                self.note("bad_message", kind=message.kind, error=repr(error))
+                self.note("bad_message", message=message.kind, error=repr(error))
         self._from_keeper()
         self._assign()
         running = sum(slot.ticket is not None for slot in self.slots.values())
@@ -360,11 +360,7 @@ class Hub:
                 ticket = self.slots.pop(slot).ticket
                 if ticket is not None:
                     self._lost(ticket, f"{name} ended")
-            self._held = [
-                held
-                for held in self._held
-                if not held[1]["slot"].startswith(name + "/")
-            ]
+            self._held = {k: v for k, v in self._held.items() if k in self.slots}
         elif name.startswith("worker"):
             self.workers.retire(name)
             self._send(self.router.leave(name))

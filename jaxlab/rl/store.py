@@ -105,7 +105,7 @@ class Store:
             "SELECT id, grouping, task, seed, cap, probe FROM rollout"
             " WHERE state = 'QUEUED' ORDER BY id"
         )
-        return [Ticket(*row[:5], bool(row[5])) for row in rows]
+        return [Ticket(*row)._replace(probe=bool(row[5])) for row in rows]
 
     def start(self, rollout: int, slot: str) -> None:
         """Notes that an environment has begun a rollout."""

@@ -20,7 +20,7 @@ from jaxlab.rl.cluster import heartbeats, make_env
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.rollout import TRAINING_SEEDS, chooser
 from jaxlab.rl.store import Store
-from jaxlab.rl.tables import Lease, Stored
+from jaxlab.rl.tables import Lease, Member, Stored
 from jaxlab.rl.trajectory import Batch, collate, padded_size
 from jaxlab.rl.weights import prune, save_weights
 
@@ -184,7 +184,9 @@ class Trainer:
                 "steps": int(chosen.sum()),
                 "trajectories": len(entries),
                 "injected": sum(isinstance(e, Stored) for e in entries),
-                "reward": float(np.mean([e.reward for e in entries if _own(e)])),
+                "reward": float(
+                    np.mean([e.reward for e in entries if isinstance(e, Member)])
+                ),
                 "wait_seconds": waited,
                 "update_seconds": time.monotonic() - begin - waited,
             },
@@ -218,7 +220,3 @@ class Trainer:
     def _description(self) -> dict[str, Any]:
         policy = self.run.policy
         return {"model": {"type": type(policy).__name__, **dataclasses.asdict(policy)}}
-
-
-def _own(entry: Any) -> bool:
-    return not isinstance(entry, Stored)

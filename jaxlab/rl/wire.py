@@ -24,7 +24,9 @@ _DTYPES = {name: np.dtype(name) for name in ("uint8", "int32", "float32", "bool"
 
 def pack(value: Any) -> bytes:
     """Bytes of a message."""
-    return msgpack.packb(value, default=_pack_array)
+    packed = msgpack.packb(value, default=_pack_array)
+    assert packed is not None
+    return packed
 
 
 def unpack(data: bytes) -> Any:
