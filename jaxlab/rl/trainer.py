@@ -20,7 +20,7 @@ from jaxlab.rl.cluster import heartbeats, make_env
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.rollout import TRAINING_SEEDS, chooser
 from jaxlab.rl.store import Store
-from jaxlab.rl.tables import Lease, Member, Stored
+from jaxlab.rl.tables import Lease, Member
 from jaxlab.rl.trajectory import Batch, collate, padded_size
 from jaxlab.rl.weights import prune, save_weights
 
@@ -174,6 +174,7 @@ class Trainer:
         self._publish(lease.id)
         chosen = batch.mask.any(1)
         entries = [entry for group in lease.groups for entry in group]
+        own = [entry for entry in entries if isinstance(entry, Member)]
         body = {
             "step": self.step,
             "version": self.version,
@@ -183,10 +184,8 @@ class Trainer:
                 "lag_max": float(batch.lag[chosen].max()),
                 "steps": int(chosen.sum()),
                 "trajectories": len(entries),
-                "injected": sum(isinstance(e, Stored) for e in entries),
-                "reward": float(
-                    np.mean([e.reward for e in entries if isinstance(e, Member)])
-                ),
+                "injected": len(entries) - len(own),
+                "reward": float(np.mean([member.reward for member in own])),
                 "wait_seconds": waited,
                 "update_seconds": time.monotonic() - begin - waited,
             },
