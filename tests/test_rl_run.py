@@ -29,7 +29,7 @@ def tiny(out, **fields) -> RLRun:
         "groups": 2,
         "envs": Envs(tasks=("color",), hosts=1, slots=3, max_steps=3),
         "rollout": Rollout(max_lag=0, buckets=(1,)),
-        "curation": Curation(n_max=4, keep_uninformative=True),
+        "curation": Curation(n_max=4, keep_uninformative=True, experience=False),
         "optimizer": CONSTANT,
         "checkpoint": config.Checkpoint(every=2),
     }

@@ -20,8 +20,8 @@ from jaxlab.rl.cluster import heartbeats, make_env
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.rollout import TRAINING_SEEDS, chooser
 from jaxlab.rl.store import Store
-from jaxlab.rl.tables import Lease, Member
-from jaxlab.rl.trajectory import Batch, collate, padded_size
+from jaxlab.rl.tables import Member
+from jaxlab.rl.trajectory import collate, padded_size
 from jaxlab.rl.weights import prune, save_weights
 
 CONSUMER = "learner"
@@ -166,37 +166,35 @@ class Trainer:
             if lease is None:
                 time.sleep(0.02)
         waited = time.monotonic() - begin
-        batch = self._batch(lease)
+        loaded = [[(x, self.store.load(x)) for x in group] for group in lease.groups]
+        groups = [[one for _, one in group] for group in loaded]
+        steps = sum(one.length for group in groups for one in group)
+        batch = collate(groups, self.version, padded_size(steps))
         self.state, metrics = self.learner.update(self.state, batch)
         values = {name: float(value) for name, value in metrics.items()}
         self.step += 1
         used = self.version
         self._publish(lease.id)
-        chosen = batch.mask.any(1)
-        entries = [entry for group in lease.groups for entry in group]
-        own = [entry for entry in entries if isinstance(entry, Member)]
+        entries = [pair for group in loaded for pair in group]
+        # What was injected from the pool may be of any age.
+        own = [one for entry, one in entries if isinstance(entry, Member)]
+        lag = used - np.concatenate([one.version for one in own])
         body = {
             "step": self.step,
             "version": self.version,
             "metrics": values,
             "figures": {
-                "lag_mean": float(batch.lag[chosen].mean()),
-                "lag_max": float(batch.lag[chosen].max()),
-                "steps": int(chosen.sum()),
+                "lag_mean": float(lag.mean()),
+                "lag_max": int(lag.max()),
+                "steps": steps,
                 "trajectories": len(entries),
                 "injected": len(entries) - len(own),
-                "reward": float(np.mean([member.reward for member in own])),
+                "reward": float(np.mean([one.reward for one in own])),
                 "wait_seconds": waited,
                 "update_seconds": time.monotonic() - begin - waited,
             },
-            "used": used,
         }
         self.channel.send("trained", body)
-
-    def _batch(self, lease: Lease) -> Batch:
-        groups = [[self.store.load(entry) for entry in g] for g in lease.groups]
-        steps = sum(one.length for group in groups for one in group)
-        return collate(groups, self.version, padded_size(steps))
 
     def _publish(self, lease: int | None) -> None:
         """Makes the weights known under the next version."""
