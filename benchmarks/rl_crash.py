@@ -121,6 +121,8 @@ def main() -> None:
                 kills.append((now, name))
 
         launch.train(run, lambda line: None, look, launch.Mains(host=audited_host))
+        if not begun:
+            raise SystemExit("it was interrupted before anything was killed")
         result = audit(run)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]}"
     hosts = [s for s, (_, n) in zip(back, kills, strict=True) if n.startswith("host")]

@@ -74,6 +74,8 @@ def once(mode: str, options: argparse.Namespace) -> dict[str, float]:
             for which in ("1 = 1", "grouping.state IN ('TRAINED', 'USED')")
         )
         store.close()
+    if len(seen) < 2:
+        raise SystemExit(f"{mode} was interrupted before it had been measured")
     begin, version0, envs0, work0, hosts0 = seen[0]
     end, version1, envs1, work1, hosts1 = seen[1]
     seconds = end - begin

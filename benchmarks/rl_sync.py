@@ -67,6 +67,8 @@ def once(sync: str, seconds: float) -> dict[str, float]:
             hub.finished = now - marks[0][0] > seconds
 
         launch.train(run, lambda line: None, look, launch.Mains(worker=slow_worker))
+    if not windows:
+        raise SystemExit(f"{sync} was interrupted before it had been measured")
     middle = statistics.median(windows)
     return {
         "fewest_serving": min(serving),

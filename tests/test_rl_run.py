@@ -156,8 +156,8 @@ def test_a_killed_learner_goes_on_and_uses_nothing_twice(tmp_path):
     run = tiny(
         tmp_path / "run",
         steps=4,
-        rollout=Rollout(max_lag=1, buckets=(1,)),
-        envs=Envs(tasks=("color", "click"), hosts=2, slots=2, max_steps=3),
+        rollout=Rollout(max_lag=1, buckets=(1,), workers=1),
+        envs=Envs(tasks=("color", "click"), hosts=1, slots=4, max_steps=3),
     )
     watch = killer("learner")
     launch.train(run, print, watch)
