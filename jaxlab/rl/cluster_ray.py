@@ -52,8 +52,9 @@ class Ray(Engine):
             own = {"address": run.ray_address}
         try:
             ray.init(log_to_driver=True, ignore_reinit_error=True, **own)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"no Ray cluster at {run.ray_address}: {error}") from error
+        except Exception as error:  # of many types; a node that is slow has none
+            where = run.ray_address or "this host"
+            raise UserError(f"no Ray cluster at {where}: {error}") from error
         if run.ray_address is not None:
             self.address = ray.util.get_node_ip_address()
         self._owned = run.ray_address is None
