@@ -164,6 +164,7 @@ class Slot:
             truncated=not ended,
             cap_truncated=capped,
             probe=ticket["probe"],
+            source="human" if any(step.version < 0 for step in steps) else "self",
             started=started,
             seconds=time.monotonic() - begun,
         )
@@ -288,7 +289,8 @@ def _give_up(slot: Slot, channel: wire.Channel) -> None:
     error = f"{slot.meter.state} for more than {slot.spec.envs.step_timeout} s"
     body = {"slot": slot.name, "rollout": slot.rollout, "error": error}
     channel.send("died", body)
-    abort = getattr(slot.env, "abort", None)  # what a browser can be freed by
+    inner = None if slot.env is None else slot.env.unwrapped
+    abort = getattr(inner, "abort", None)  # what a browser can be freed by
     if abort is not None:
         threading.Thread(target=abort, daemon=True).start()
 

@@ -181,6 +181,8 @@ class RLRun:
     """where the processes run: on this host, or on those of a Ray cluster"""
     ray_address: str | None = None
     """of the Ray cluster; None: one is started on this host"""
+    page: int | None = None
+    """port, on loopback, of a web page to watch the run by; 0: any; None: no page"""
     policy: TinyPolicy | GuiPolicy = field(default_factory=TinyPolicy)
     cloning: Cloning = field(default_factory=Cloning)
     envs: Envs = field(default_factory=Envs)

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jaxlab.rl import wire
+import numpy as np
+
+from jaxlab.rl import figures, wire
 from jaxlab.rl.cluster import STATES
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.rollout import Planner
-from jaxlab.rl.service import Router, Send
+from jaxlab.rl.service import Router, Send, plain_action
 from jaxlab.rl.store import Store
 from jaxlab.rl.tables import Ticket
 from jaxlab.rl.trajectory import decode
@@ -100,6 +102,7 @@ class Keeper:
         # What the last coordinator had begun, and no spool has handed in.
         store.requeue()
         self.outbox.put(("tickets", (planner.version, store.queued())))
+        self.outbox.put(("paused", figures.paused(store.database)))
         looked, pruned = 0.0, time.monotonic()
         while True:
             items = self._take()
@@ -157,6 +160,9 @@ class Keeper:
                         again.append(ticket)
                 elif kind == "note":
                     store.note(item[0], **item[1])
+                elif kind == "pause":
+                    store.pause(*item)
+                    replies.append(("paused", figures.paused(store.database)))
         for reply in replies:
             self.outbox.put(reply)
         if again:
@@ -177,6 +183,10 @@ class Hub:
         self.keeper = Keeper(run)
         self.slots: dict[str, SlotView] = {}
         self.hosts, self.workers = Counters(), Counters()
+        self.taken: dict[str, tuple[bytes, dict[str, Any]] | None] = {}
+        """slots that a person acts in, and what they ask of that person"""
+        self.paused: set[str] = set()
+        """tasks"""
         self.queue: list[Ticket] = []
         self.version = -1
         self.finished = False
@@ -236,6 +246,12 @@ class Hub:
     def _on_act(self, peer: bytes, body: dict[str, Any]) -> None:
         slot = self._slot(peer, body)
         slot.frame = Frame(body["image"], body["text"], body["t"], None)
+        if body["slot"] in self.taken:
+            self.taken[body["slot"]] = peer, body
+        else:
+            self._ask(peer, body)
+
+    def _ask(self, peer: bytes, body: dict[str, Any]) -> None:
         if self.run.rollout.mode == "lockstep":
             self._held[body["slot"]] = (peer, body)
         else:
@@ -307,6 +323,10 @@ class Hub:
 
     def _on_acted(self, peer: bytes, body: dict[str, Any]) -> None:
         self.answers += 1
+        for slot in self.slots.values():
+            ticket, frame = slot.ticket, slot.frame
+            if ticket is not None and ticket.rollout == body["rollout"] and frame:
+                slot.frame = frame._replace(action=body["action"])
         self._send(self.router.answer(body["name"], body))
 
     def _on_loaded(self, peer: bytes, body: dict[str, Any]) -> None:
@@ -334,6 +354,49 @@ class Hub:
         for peer, kind, body in sends:
             self.channel.send(kind, body, peer)
 
+    # -------------------------------------------------------------- a person
+
+    def pause(self, task: str, paused: bool) -> None:
+        """Lets no more rollouts of a task begin, or lets them."""
+        self.keeper.inbox.put(("pause", (task, paused)))
+
+    def take(self, slot: str) -> None:
+        """Lets a person act in a slot, from its next step on."""
+        self.taken.setdefault(slot, None)
+
+    def release(self, slot: str) -> None:
+        """Lets the policy act there again."""
+        asked = self.taken.pop(slot, None)
+        if asked is not None:
+            self._ask(*asked)
+
+    def act(self, slot: str, t: int, tokens: Any, action: Any) -> None:
+        """A person's action number t in a slot that waits for it; else nothing.
+
+        Args:
+            slot: that was taken.
+            t: actions before it.
+            tokens: int32 [token]: as the policy would have said it.
+            action: `envs.api.Action`: what those mean.
+        """
+        asked = self.taken.get(slot)
+        if asked is None or asked[1]["t"] != t:
+            return
+        self.taken[slot] = None
+        peer, body = asked
+        unknown = np.full(len(tokens), np.nan, np.float32)
+        answer = {
+            "rollout": body["rollout"],
+            "t": t,
+            "tokens": tokens,
+            "logp": unknown,
+            "entropy": unknown,
+            "version": -1,
+            "worker": -1,
+            "action": plain_action(action),
+        }
+        self.channel.send("acted", answer, peer)
+
     # ------------------------------------------------- keeper and supervisor
 
     def _from_keeper(self) -> None:
@@ -344,6 +407,8 @@ class Hub:
             elif kind == "version":
                 self.version = item.version
                 self._send(self.router.publish(item))
+            elif kind == "paused":
+                self.paused = item
             elif kind == "stored":
                 peer, trajectory, new = item
                 self.channel.send("stored", {"rollout": trajectory.id}, peer)
@@ -358,6 +423,7 @@ class Hub:
             self.hosts.retire(name)
             for slot in [s for s in self.slots if s.startswith(name + "/")]:
                 ticket = self.slots.pop(slot).ticket
+                self.taken.pop(slot, None)
                 if ticket is not None:
                     self._lost(ticket, f"{name} ended")
             self._held = {k: v for k, v in self._held.items() if k in self.slots}

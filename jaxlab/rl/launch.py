@@ -17,6 +17,7 @@ from jaxlab.rl import upkeep, wire
 from jaxlab.rl.cluster import HostSpec, host_main, make_env
 from jaxlab.rl.config import RLRun, validate
 from jaxlab.rl.hub import Hub
+from jaxlab.rl.page import serve
 from jaxlab.rl.processes import DEATHS, USER_ERROR, Engine, Local
 from jaxlab.rl.report import Report, describe, rows, strip, table
 from jaxlab.rl.service import WorkerSpec, worker_main
@@ -78,10 +79,15 @@ def train(
         absolute = dataclasses.replace(run, out=str(out.absolute()))
         add_parts(engine, absolute, keys._replace(master_secret=""), space, mains)
         loop = Loop(run, hub, engine, say)
+        site = None if run.page is None else stack.enter_context(serve(run))
+        if site is not None:
+            say(f"page: {site.address}")
         try:
             with loop.shown():
                 while not hub.finished and not asked:
                     loop.turn()
+                    if site is not None:
+                        site.turn(hub)
                     if watch is not None:
                         watch(hub, engine)
             if asked:
