@@ -372,14 +372,12 @@ def _placed(whole: Whole, abstract_state: Any) -> Any:
             cut = to_range(index, x.shape)
             if cut not in parts:
                 parts[cut] = assembled(pieces, cut, x.dtype, read)
-        arrays.append(
-            jax.make_array_from_callback(
-                x.shape,
-                x.sharding,
-                lambda index, parts=parts, shape=x.shape: parts[to_range(index, shape)],
-                dtype=x.dtype,
-            )
-        )
+
+        def part(index: Any, parts: Any = parts, shape: Any = x.shape) -> np.ndarray:
+            return parts[to_range(index, shape)]
+
+        array = jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
+        arrays.append(array)
     return jax.tree.unflatten(tree, arrays)
 
 

@@ -214,7 +214,7 @@ def serve(
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     thread.start()
     try:
-        yield server.server_address[0], server.server_address[1]
+        yield str(server.server_address[0]), server.server_port
     finally:
         server.shutdown()
         thread.join()
