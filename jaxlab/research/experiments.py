@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxlab.research import analysis, cluster, plans, process, stats, worker
 from jaxlab.research.journal import digest
 from jaxlab.research.tool import Context, Result, tool
-from jaxlab.research.types import BudgetSpent, Interrupted, ToolError
+from jaxlab.research.types import Stopped, ToolError
 from jaxlab.research.workspace import Workspace
 
 POLL = 0.05  # seconds between looks at the processes
@@ -156,7 +156,7 @@ def run_all(
             if context.poll():
                 return False
             time.sleep(POLL)
-    except (Interrupted, BudgetSpent):
+    except Stopped:
         for _, _, run in active:
             _cancel(context, where, run)
         raise

@@ -118,7 +118,7 @@ def draw(figure: str, data: Table, metric: str, form: str) -> bytes:
             _draw_curves(axes, rows, names)
             axes.set(xlabel="step", ylabel=metric)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="upper right")
         elif kind == "arms":
             for i, name in enumerate(names):
                 values = [row[2] for row in rows if row[0] == name]

@@ -116,7 +116,8 @@ def _confirmatory(
 ) -> dict[str, Any]:
     values = analysis.values(context.workspace, pilot)
     good = {arm: v for arm, v in values.items() if np.isfinite(v).sum() > 1}
-    arms = [a for a in wanted["arms"] if a["name"] in good]
+    arms = [a for a in pilot["arms"] if a["name"] in good]  # as people amended it
+    wanted = wanted | {"factors": pilot["factors"]}
     if len(arms) < 2:
         return _diverged(context, wanted, n, pilot)
     best = _best(good, wanted["direction"])

@@ -88,11 +88,43 @@ def experiment(view: View) -> Step:
         if asked:
             text = f"Cannot be done by the rule policy: {asked} ({why})"
             return view.call("note", text=text[:1500], type="question")
+        if (kept := _finding(view)) is not None:
+            return kept
         refs = [*_papers(view), *view.refs("run")[-8:]]
         return view.finish(f"{why}. {_handled(view)}"[:1100], refs)
+    if last.tool == "note" and _over(view):
+        refs = [*_papers(view), *view.refs("run")[-8:]]
+        return view.finish(f"The plans are over. {_handled(view)}"[:1100], refs)
     if last.tool == "run_plan" and data.get("waiting"):
         return view.call("run_plan", plan=last.args["plan"])
     return view.call("follow_up", register_plan=True)
+
+
+def _finding(view: View) -> Step | None:
+    """Keeps what the last plan found for later studies, unless it is kept already."""
+    ran = view.last("run_plan")
+    found = ran.data.get("found") if ran and isinstance(ran.data, dict) else None
+    if not ran or not found:
+        return None
+    plan = f"plans/{ran.args['plan']}.json"
+    if any(d.tool == "note" and plan in d.args.get("refs", ()) for d in view.done):
+        return None
+    told = ", ".join(f"{name}: {what}" for name, what in found.items())
+    negative = not {"higher", "lower"} & set(found.values())
+    return view.call(
+        "note",
+        text=f"Plan {ran.args['plan']} found {told}."[:1900],
+        type="negative" if negative else "finding",
+        refs=[plan],
+    )
+
+
+def _over(view: View) -> bool:
+    """Whether the last question for a plan was answered with none, and that noted."""
+    asked = view.last("follow_up")
+    data = asked.data if asked and isinstance(asked.data, dict) else {}
+    wished = asked is not None and asked.args.get("request")
+    return data.get("next") == "none" and not wished and _finding(view) is None
 
 
 def curator(view: View) -> Step:
