@@ -216,7 +216,7 @@ def test_failed_runs_are_kept_and_counted(tmp_path):
     [
         ({"wall": 0.5}, {"seconds": 30}, "timeout"),
         ({"memory": 1e6}, {"seconds": 3}, "failed"),
-        ({"disk": 100}, {"seconds": 3}, "failed"),
+        ({"disk": 100.0}, {"seconds": 3}, "failed"),
     ],
 )
 def test_limits_end_a_run(tmp_path, limits, fields, status):
@@ -359,7 +359,7 @@ def test_hostile_arms_are_refused(tmp_path, arm, complaint):
         ({"alpha": 0.9}, "no level"),
         ({"alpha": 0.06}, "have left"),
         ({"test": "sign-flip"}, "could not show a difference"),
-        ({"limits": {"wall": -1}}, "limit wall"),
+        ({"limits": {"wall": -1.0}}, "limit wall"),
         ({"comparisons": []}, "names its comparisons"),
         ({"comparisons": [{"name": "a_vs_b", "weights": {"b": 1, "a": -1}}]}, "minus"),
         ({"comparisons": [{"name": "c", "weights": {"b": 1}}]}, "add up to zero"),

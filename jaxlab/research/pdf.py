@@ -90,18 +90,13 @@ def _pt(length: str) -> float:
 
 def inside(span: Span, char: Char) -> bool:
     """Whether a character stands between the marks of a span, in reading order."""
+    (p0, y0, x0), (p1, y1, x1) = span.start, span.end
     page, y, x = char.page, char.y, char.x
-
-    def order(a: tuple[int, float], b: tuple[int, float]) -> int:
-        if a[0] != b[0] or abs(a[1] - b[1]) > NEAR:
-            return -1 if a < b else 1
-        return 0
-
-    first = order((page, y), span.start[:2]) or (
-        1 if x >= span.start[2] - NEAR / 4 else -1
-    )
-    last = order((page, y), span.end[:2]) or (-1 if x < span.end[2] - NEAR / 4 else 1)
-    return first > 0 and last < 0
+    on_first = page == p0 and abs(y - y0) <= NEAR
+    on_last = page == p1 and abs(y - y1) <= NEAR
+    after = x >= x0 - NEAR / 4 if on_first else (page, y) > (p0, y0)
+    before = x < x1 - NEAR / 4 if on_last else (page, y) < (p1, y1)
+    return after and before
 
 
 def shown(span: Span, chars: Sequence[Char]) -> str:

@@ -419,6 +419,9 @@ def _made(cls: Callable[..., Any], fields: Any, what: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore
     if not isinstance(fields, dict) or set(fields) - known:
         raise ToolError(f"{what} {fields!r}: the fields are {', '.join(sorted(known))}")
+    if cls is Comparison and isinstance(fields.get("weights"), dict):
+        weights = {k: float(w) for k, w in fields["weights"].items()}
+        fields = fields | {"weights": weights}
     try:
         return cls(**fields)
     except TypeError as error:
