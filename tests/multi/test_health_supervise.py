@@ -20,7 +20,7 @@ from jaxlab.health.journal import table
 
 ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "health_worker.py"
-PATIENCE = 120.0  # seconds for what takes one or two on a quiet machine
+PATIENCE = 300.0  # seconds for what takes one or two on a quiet machine
 
 
 def environment(**more):
@@ -207,21 +207,21 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
     """After a restart: what a run from that checkpoint on as many processes does."""
     run = tmp_path / "run"
     sizes = "--model.layers 1 --model.width 16 --model.heads 2 --model.mlp 32"
-    numbers = "--batch 4 --length 16 --steps 600 --log-every 50 --evaluate.every 0"
-    kept = "--checkpoint.every 40 --checkpoint.keep-last 99 --sample.tokens 0"
+    numbers = "--batch 4 --length 16 --steps 1500 --log-every 250 --evaluate.every 0"
+    kept = "--checkpoint.every 100 --checkpoint.keep-last 99 --sample.tokens 0"
     command = [sys.executable, str(ROOT / "scripts/train.py")]
     command += [str(ROOT / "configs/gpt_tiny.py"), "--out", str(run)]
     command += f"{sizes} {numbers} {kept}".split()
     made = job(processes=2, command=command)
     pids = made.steps(0)
-    made.wait(lambda: made.status()["step"] > 100, "step 100")
+    made.wait(lambda: made.status()["step"] > 200, "step 200")
     os.kill(pids[1], signal.SIGSTOP)
     assert made.process.wait(PATIENCE) == 0
     assert [e["kind"] for e in made.events("diagnosis")] == ["frozen"]
     log = (made.health / "logs/g1-r0.log").read_text()
     assert "1 process(es)" in log
     step = log.partition("restored from step ")[2].partition(",")[0]
-    assert int(step) >= 80
+    assert int(step) >= 100
 
     again = tmp_path / "again"
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("lock", "events*"))
@@ -235,7 +235,7 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
     command += words
     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
     ours, theirs = (program.load(folder) for folder in (run, again))
-    assert ours.step == theirs.step == 600
+    assert ours.step == theirs.step == 1500
     pairs = zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
