@@ -19,7 +19,11 @@ from jaxlab.health.supervise import Supervisor
 
 WORKER = Path(__file__).parent / "health_worker.py"
 
-pytestmark = pytest.mark.requires("ray")
+pytestmark = [
+    pytest.mark.requires("ray"),
+    # Where an earlier test has started JAX in this process, it warns of Ray's forks.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 
 
 def test_a_job_runs_on_agents_that_ray_hosts(tmp_path, monkeypatch):

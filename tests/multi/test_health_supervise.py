@@ -213,8 +213,9 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
     command += [str(ROOT / "configs/gpt_tiny.py"), "--out", str(run)]
     command += f"{sizes} {numbers} {kept}".split()
     made = job(processes=2, command=command)
-    pids = made.steps(0)
-    made.wait(lambda: made.status()["step"] > 200, "step 200")
+    made.wait(lambda: all(row["pid"] for row in made.status()["ranks"]), "processes")
+    pids = [row["pid"] for row in made.status()["ranks"]]
+    made.wait((run / "checkpoints/100").exists, "checkpoint")  # sooner than the status
     os.kill(pids[1], signal.SIGSTOP)
     assert made.process.wait(PATIENCE) == 0
     assert [e["kind"] for e in made.events("diagnosis")] == ["frozen"]
