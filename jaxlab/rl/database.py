@@ -139,23 +139,28 @@ def connect(where: str | Path, schema: str, tables: str) -> Database:
 
 
 def _sqlite(path: str) -> Any:
-    try:
-        connection = sqlite3.connect(
-            path, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        for attempt in range(100):  # changing the mode does not wait for other openers
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError:
-                if attempt == 99:
-                    raise
-                time.sleep(0.05)
-        # A commit that was reported survives a power cut, not only a kill.
-        connection.execute("PRAGMA synchronous = FULL")
+    with contextlib.ExitStack() as failed:
+        try:
+            connection = sqlite3.connect(
+                path, timeout=60, isolation_level=None, check_same_thread=False
+            )
+            failed.callback(connection.close)
+            for attempt in range(100):  # changing the mode waits for no other opener
+                try:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    break
+                except sqlite3.OperationalError:
+                    if attempt == 99:
+                        raise
+                    time.sleep(0.05)
+            # A commit that was reported survives a power cut, not only a kill.
+            connection.execute("PRAGMA synchronous = FULL")
+        except sqlite3.Error as error:
+            raise UserError(
+                f"cannot open the trajectory store {path}: {error}"
+            ) from error
+        failed.pop_all()
         return connection
-    except sqlite3.Error as error:
-        raise UserError(f"cannot open the trajectory store {path}: {error}") from error
 
 
 def _postgres(database: Database) -> Any:
