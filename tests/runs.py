@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,12 @@ from jaxlab import config
 
 ROOT = Path(__file__).parent.parent
 WORDS = "def return self value none for in range if else import class yield".split()
+
+
+def spoken(output: str) -> list[str]:
+    """The lines that are ours: Gloo writes in pieces, which its threads may mix."""
+    gloo = re.compile(r"\[Gloo\]|connected peer ranks|^\s*$")
+    return [line for line in output.splitlines() if not gloo.search(line)]
 
 
 def write_corpus(folder: Path, documents: int = 24) -> Path:

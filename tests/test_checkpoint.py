@@ -19,6 +19,7 @@ from jaxlab import checkpoint, manifest
 from jaxlab.checkpoint import CheckpointError, open_checkpoints, restore, save, steps
 from jaxlab.errors import ConfigError, UserError
 from jaxlab.state import new_state
+from tests.runs import spoken
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"model": {"layers": 4, "rope": {"theta": 1e4}}, "tokenizer": "abc"}
@@ -395,10 +396,7 @@ def test_two_processes_decide_alike(tmp_path):
         for process in processes:
             process.kill()
     assert [p.returncode for p in processes] == [0, 0], outputs
-    first, second = (
-        [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        for out, _ in outputs
-    )
+    first, second = (spoken(out) for out, _ in outputs)
     told = [line for line in first if "is damaged" in line]
     assert len(told) == 2 and str(tmp_path / "2") in told[0]
     assert [line for line in first if line not in told] == second  # only 0 reports

@@ -24,7 +24,7 @@ from jaxlab.config import Checkpoint, Evaluate
 from jaxlab.errors import UserError
 from jaxlab.shards import Header, Piece, assembled, read_header, read_shard, write
 from jaxlab.snapshot import interval, newest, open_snapshots, plan, restore
-from tests.runs import ROOT, finish, launch, losses, tiny
+from tests.runs import ROOT, finish, launch, losses, spoken, tiny
 
 MODEL = {"model": {"layers": 4}}
 
@@ -381,10 +381,7 @@ def test_two_processes_write_halves_and_decide_alike(tmp_path):
         for process in processes:
             process.kill()
     assert [p.returncode for p in processes] == [0, 0], outputs
-    first, second = (
-        [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        for out, _ in outputs
-    )
+    first, second = (spoken(out) for out, _ in outputs)
     sizes = json.loads(first[0].partition(" ")[2])
     assert max(sizes) - min(sizes) < 1000  # of 16 kB: copies are shared out
     assert first[1].startswith("snapshot 2 is damaged: 2-1of2.snapshot: the sha256 of")
