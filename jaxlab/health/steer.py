@@ -39,7 +39,7 @@ class Job(NamedTuple):
     restarts: tuple[tuple[float, int], ...] = ()
     """when, and at which step"""
     absent: frozenset[str] = frozenset()
-    """hosts that do not answer: their slots cannot be used for now"""
+    """hosts that do not answer: until they do, their slots cannot be used"""
     suspicion: tuple[Diagnosis, float, int] | None = None
     """what was seen, since when, and how often in a row"""
     asked: Literal["", "profile", "probe"] = ""
