@@ -49,7 +49,7 @@ def agents(
         UserError: the extra is not installed, or there is no cluster.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "--ray needs the extra cluster: pip install 'jaxlab[cluster]'"
@@ -104,7 +104,7 @@ def _serve(
     keys: Mapping[str, str], host: str, slots: int, folder: str, patience: float
 ) -> None:
     """The task: an agent on the node where it runs."""
-    import ray.util
+    import ray.util  # pyright: ignore[reportMissingImports]
 
     from jaxlab.health.agent import run_agent
 

@@ -40,7 +40,7 @@ class Ray(Engine):
     def __init__(self, run: RLRun) -> None:
         super().__init__()
         try:
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 "--engine ray needs Ray: pip install 'jaxlab[cluster]'"

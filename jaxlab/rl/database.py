@@ -170,7 +170,7 @@ def _sqlite(path: str) -> Any:
 
 def _postgres(database: Database) -> Any:
     try:
-        import psycopg
+        import psycopg  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"the store {_shown(database.where)} needs psycopg: pip install "

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +19,7 @@ from jaxlab.health.roster import Roster
 from jaxlab.health.steer import SteerConfig
 from jaxlab.health.supervise import Supervisor
 
+ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "health_worker.py"
 
 pytestmark = [
@@ -84,8 +87,27 @@ def parent(pid):
 
 
 def test_no_cluster_is_named(tmp_path):
+    with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:9"):
+        ask(tmp_path, "127.0.0.1:9")
+
+
+def test_no_cluster_of_this_machine_is_named(tmp_path):
+    """Ray looks for one among all processes: of a namespace, so that it sees none."""
+    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"]).returncode:
+        pytest.skip("no namespaces of processes here (unshare, of util-linux)")
+    program = f"from {__name__} import ask; ask({str(tmp_path)!r}, 'auto')"
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "UserError: there is no Ray cluster at auto" in done.stderr
+
+
+def ask(folder, address):
     keys = channel.new_keys(free_address())
-    for address in ("auto", "127.0.0.1:9"):
-        with pytest.raises(UserError, match=f"no Ray cluster at {address}"):
-            with on_ray.agents(keys, {"a": 1}, tmp_path, address=address):
-                pass
+    with on_ray.agents(keys, {"a": 1}, Path(folder), address=address):
+        pass
