@@ -8,7 +8,6 @@ it: its processes have the same numbers. Nothing of it is executed.
 
 import contextlib
 import itertools
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,8 +62,8 @@ def _run(
     like: Any,
     over: threading.Event,
 ) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # beside the training, on Linux
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    # At the priority of the training: a thread that waited for a processor with the
+    # interpreter's lock in its hand would stop the whole process, heartbeat and all.
     for count in sorted(sizes, reverse=True):
         if jax.process_index() >= count:
             continue

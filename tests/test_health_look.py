@@ -1,6 +1,10 @@
 """Two profiles compared: whose work, or whether the communication, has grown."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import hypothesis.strategies as st
 import numpy as np
@@ -29,8 +33,8 @@ def profile(local_n, comm, noise=0.0, seed=0):
     local = np.asarray(local_n, float) * spread
     step = np.repeat((local.max(1) + comm)[:, None], len(local_n), axis=1)
     wait = step - local
-    starved = np.full((1, len(local_n)), 0.01)
-    return Times(step, wait - comm, local, np.full(T, float(comm)), starved)
+    paused = np.full((1, len(local_n)), 0.01)
+    return Times(step, wait - comm, local, np.full(T, float(comm)), paused)
 
 
 RANKS = st.integers(2, 12)
@@ -73,23 +77,45 @@ def test_communication_that_has_grown_blames_no_rank(before, times):
     assert 0.5 <= found.confidence <= 1
 
 
-@given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(2.5, 9.0))
-def test_a_rank_without_its_processor_is_to_blame_for_late_collectives(
-    before, rank, times, threads
+@given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(0.6, 1.0))
+def test_a_rank_that_is_held_back_is_to_blame_for_late_collectives(
+    before, rank, times, share
 ):
-    """Several of its threads wait at one time."""
     n = before.local.shape[1]
     more = float(times * np.median(before.step))
     now = grown(before, np.zeros(n), more)
     assert compare(before, now).kind == Kind.COMM_SLOW
-    now.starved[0, rank % n] += threads * more
+    now.paused[0, rank % n] += share * more
     found = compare(before, now)
     assert (found.kind, found.ranks) == (Kind.NONCOMM_SLOW, (rank % n,))
-    assert "wait for a processor" in found.evidence
-    now.starved[:] += 10 * more  # all alike: a loaded host, and no rank's fault
+    assert "pauses" in found.evidence
+    now.paused[:] += 10 * more  # all alike: a loaded host, and no rank's fault
     assert compare(before, now).ranks == (rank % n,)
-    now.starved[:] = more
+    now.paused[:] = more
     assert compare(before, now).kind == Kind.COMM_SLOW
+
+
+def test_a_process_that_is_stopped_has_paused_for_so_long():
+    """By signals to another process, which measures itself."""
+    program = (
+        "import time; from jaxlab.health.look import pauses\n"
+        "with pauses() as late:\n"
+        "    print(flush=True); input()\n"
+        "print(sum(late))"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        process.stdout.readline()
+        stopped = 0.0
+        for _ in range(5):
+            begin = time.monotonic()
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGCONT)
+            stopped += time.monotonic() - begin
+            time.sleep(0.1)
+        measured = float(process.communicate("\n")[0])
+    assert measured > 0.8 * stopped  # more, where others have the processors too
 
 
 @given(HEALTHY, st.floats(1.0, 20.0))

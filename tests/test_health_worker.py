@@ -165,7 +165,7 @@ def loop(folder, requests, program="collective"):
 
 
 def request(kind, step, number):
-    return json.dumps({"kind": kind, "step": step, "id": number})
+    return json.dumps({"kind": kind, "step": step, "steps": 6, "id": number})
 
 
 def test_it_records_and_looks_when_asked(tmp_path):

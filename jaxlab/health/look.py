@@ -14,7 +14,9 @@ by programs that were compiled when they learned.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,14 +34,13 @@ from jaxlab.health.reports import told_delays
 
 KINDS = ("learn", "profile", "probe")
 STEPS = 6
-"""steps that are profiled, one of which only says when the next began"""
+"""steps that are profiled at most, one of which only says when the next began"""
 LEAST = 0.1
 """part of a step; what it has become longer by less is no slowness"""
 SHARE = 0.5
 """part of what a step has become longer by that its cause must explain"""
-STARVED = 2.0
-"""times what a step has become longer by that the threads of a rank must have waited
-for a processor; one that serves a slow connection waits a little at each packet"""
+TICK = 0.005
+"""seconds; a process that is late by less has not paused"""
 
 
 class Looks:
@@ -86,9 +87,10 @@ class Looks:
                 delay = ppermute_probe(one_device_each())
             self._tell(due["id"], {"delay": told_delays(delay)})
             return
-        self._profile, self._left, self._asked = contextlib.ExitStack(), STEPS, due
+        self._profile, self._asked = contextlib.ExitStack(), due
+        self._left = due["steps"]
         self._found = self._profile.enter_context(profiled())
-        self._waited = waited()
+        self._paused = self._profile.enter_context(pauses())
 
     def _after(self, out: Any) -> None:
         if self._profile is None:
@@ -97,7 +99,7 @@ class Looks:
         if self._left:
             return
         jax.block_until_ready(out)
-        starved = np.float32((waited() - self._waited) / STEPS)
+        paused = np.float32(sum(self._paused) / self._asked["steps"])
         with self._recorder.phase(Phase.OTHER):
             self._profile.close()
             self._profile = None
@@ -106,13 +108,13 @@ class Looks:
             except ValueError as error:  # a program without collectives, say
                 self._tell(self._asked["id"], {"failed": str(error)})
                 return
-            every = np.atleast_1d(multihost_utils.process_allgather(starved))
+            every = np.atleast_1d(multihost_utils.process_allgather(paused))
             times = Times(
                 found.step,
                 found.wait,
                 found.local,
                 found.pure_comm,
-                starved=every[None].astype(float),
+                paused=every[None].astype(float),
             )
             told = {name: x.tolist() for name, x in times._asdict().items()}
             if self._asked["kind"] == "learn":
@@ -134,7 +136,9 @@ def _checked(text: str) -> dict[str, Any] | None:
     found = json.loads(text)
     if not isinstance(found, Mapping) or found.get("kind") not in KINDS:
         return None
-    return {**found, "step": int(found["step"]), "id": int(found["id"])}
+    steps = min(max(int(found["steps"]), 2), STEPS)
+    whole = {name: int(found[name]) for name in ("step", "id")}
+    return {**found, **whole, "steps": steps}
 
 
 def one_device_each() -> Mesh:
@@ -144,16 +148,31 @@ def one_device_each() -> Mesh:
     return Mesh(devices, ("rank",), axis_types=(AxisType.Auto,))
 
 
-def waited() -> float:
-    """Seconds that threads of this process were ready and had no processor, in all.
+@contextlib.contextmanager
+def pauses() -> Iterator[list[float]]:
+    """Within the block: the seconds by which a thread that ticks was late.
 
-    Also while a quota keeps them from it (Linux; 0 elsewhere).
+    That is when the process did not run: it was stopped, a quota held it back, others
+    had the processors, or code that keeps the interpreter's lock went on for long.
     """
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # has ended
-            total += int(path.read_text().split()[1])
-    return total * 1e-9
+    late: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        before = time.monotonic()
+        while not over.wait(TICK):
+            now = time.monotonic()
+            if now - before > 2 * TICK:
+                late.append(now - before - TICK)
+            before = now
+
+    thread = threading.Thread(target=tick, name="jaxlab-pauses", daemon=True)
+    thread.start()
+    try:
+        yield late
+    finally:
+        over.set()
+        thread.join()
 
 
 class Times(NamedTuple):
@@ -167,9 +186,8 @@ class Times(NamedTuple):
     """[T, n]"""
     pure_comm: np.ndarray
     """[T]"""
-    starved: np.ndarray
-    """[1, n]: for which threads of the rank have waited for a processor, mean of a
-    step; sums over threads, and 0 where the kernel does not tell"""
+    paused: np.ndarray
+    """[1, n]: for which the rank's process did not run, mean of a step (`pauses`)"""
 
 
 def read(body: Mapping[str, Any]) -> Times:
@@ -183,7 +201,7 @@ def read(body: Mapping[str, Any]) -> Times:
         raise ValueError("the profile has no steps")
     if not times.step.shape == times.wait.shape == times.local.shape:
         raise ValueError("the profile's tables differ in shape")
-    if times.starved.shape != (1, times.step.shape[1]):
+    if times.paused.shape != (1, times.step.shape[1]):
         raise ValueError("the profile's ranks differ in number")
     if times.pure_comm.shape != times.step.shape[:1]:
         raise ValueError("the profile's communication is not that of its steps")
@@ -196,8 +214,8 @@ def compare(before: Times, now: Times) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
     A rank is to blame if its own work has grown, beyond what the others' has, by at
-    least half of what the step has, or its wait for a processor by twice that: a rank
-    that gets less of it is late in its part of the collectives as well, and that looks
+    least half of what the step has, or the time that its process did not run: a rank
+    that is held back is late in its part of the collectives as well, and that looks
     like slow communication. Else the communication is to blame, if it has grown by
     half. Medians over steps.
 
@@ -220,19 +238,16 @@ def compare(before: Times, now: Times) -> Diagnosis:
         words = f"steps are as short as they were, {longer * 1e3:+.3g} ms"
         return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
     local = median(now.local) - median(before.local)
-    starved = median(now.starved) - median(before.starved)
-    causes = (
-        ("own work", SHARE, beyond_others(local)),
-        ("wait for a processor", STARVED, beyond_others(starved)),
-    )
+    paused = median(now.paused) - median(before.paused)
+    causes = ("own work", beyond_others(local)), ("pauses", beyond_others(paused))
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
-    for cause, share, own in causes:
-        ranks = tuple(int(i) for i in np.flatnonzero(own > share * longer))
+    for cause, own in causes:
+        ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
         if ranks:
             most = float(own[list(ranks)].max())
             text += f", and by {most * 1e3:.3g} ms the {cause} of rank {few(ranks)}"
-            certain = 1 - share * longer / (2 * most)
+            certain = 1 - SHARE * longer / (2 * most)
             return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
     if comm > SHARE * longer:
         text += f", the communication by {comm * 1e3:.3g} ms"

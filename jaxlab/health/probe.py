@@ -224,7 +224,8 @@ def ppermute_probe(
         every = multihost_utils.process_allgather(delay.astype(np.float32))
         return np.fmax.reduce(np.asarray(every, np.float64), axis=0)
 
-    with ThreadPoolExecutor(max(len(local), 1)) as threads:
+    # The caller's own mesh, where there is one, is not the one of these programs.
+    with jax.set_mesh(mesh), ThreadPoolExecutor(max(len(local), 1)) as threads:
         measure(rounds, reps, threads)
         delay = gathered()
         for _ in range(retries if rounds else 0):

@@ -233,9 +233,10 @@ class Roster:
         """Tells the agents that their master lives."""
         self._to_all("ping", {})
 
-    def request(self, number: int, kind: str, step: int) -> None:
-        """Asks all ranks to look, see `jaxlab.health.look`."""
-        self._to_all("request", {"id": number, "kind": kind, "step": step})
+    def request(self, number: int, kind: str, step: int, steps: int) -> None:
+        """Asks all ranks to look, from a step on: see `jaxlab.health.look`."""
+        body = {"id": number, "kind": kind, "step": step, "steps": steps}
+        self._to_all("request", body)
 
     def bye(self) -> None:
         """Ends the agents, and with them the workers."""

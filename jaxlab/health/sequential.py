@@ -297,7 +297,7 @@ def _advance(
     calm = (log_evidence < 0) & ~active
     run = np.where(calm, 0.0, state.run + 1)
     weight = 1 / np.fmax(run, 1)
-    mean = state.excess + weight * (np.nan_to_num(excess) - state.excess)
+    mean = state.excess + weight * (np.fmax(excess, 0.0) - state.excess)
     return state._replace(
         log_evidence=log_evidence,
         active=active,

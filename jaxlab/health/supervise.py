@@ -38,6 +38,10 @@ CURVES = 5.0
 """seconds of steps that make one point of the curves"""
 AHEAD = 1.0
 """seconds until the step from which ranks look, so that all are told in time"""
+LONG = 4.0
+"""seconds of steps that are looked at, as far as `look.STEPS` allow"""
+REST = 60.0
+"""seconds without another look after one that found nobody to blame"""
 SETTLE = 0.5
 """seconds that a rank which ended with an error waits for one that caused it"""
 TAKEOVER = 5.0
@@ -54,6 +58,8 @@ class Asked(NamedTuple):
     number: int
     kind: str
     until: float
+    early: bool = False
+    """before there is a suspicion"""
 
 
 class Supervisor:
@@ -105,6 +111,8 @@ class Supervisor:
         self._blind = self._resigned = False
         self._ended: tuple[float, tuple[int, ...]] | None = None
         self._asked: Asked | None = None
+        self._early: Diagnosis | None = None
+        self._rest_early = self._rest = -math.inf
         self._windowed, self._told = 0.0, -math.inf
         self._unwritten: list[Window] = []
         self._written = self._clock()
@@ -214,8 +222,11 @@ class Supervisor:
                     return None
                 self._windowed = now
                 answered = self._paced(now)
-                if answered is None or self._asked is not None:
+                if answered is None or (self._asked and not self._asked.early):
                     return None  # the answer to what was asked says more
+                named = answered.ranks or answered.links
+                if answered.kind in steer.SLOW and not named and now < self._rest:
+                    return None  # that was looked at
             diagnosis = answered
         return self._act(diagnosis, board, now)
 
@@ -281,7 +292,21 @@ class Supervisor:
         alone = len(self._job.members) == 1
         if ready and self._healthy is None and not (alone or self._blind):
             self._ask("learn", now)
+        self._look_early(diagnosis, now)
         return diagnosis
+
+    def _look_early(self, diagnosis: Diagnosis, now: float) -> None:
+        """Has ranks look once evidence is half way, so that an alarm can name them.
+
+        What the look finds is kept for the alarm, and forgotten if none comes.
+        """
+        if diagnosis.kind != Kind.HEALTHY or self._healthy is None:
+            return
+        if diagnosis.confidence >= 0.5:
+            self._early, self._rest = None, -math.inf
+        elif self._asked is None and now > self._rest_early:
+            self._rest_early = now + REST
+            self._ask("profile", now, early=True)
 
     def _act(self, diagnosis: Diagnosis, board: Board, now: float) -> int | None:
         """What the policy says about a diagnosis."""
@@ -314,6 +339,10 @@ class Supervisor:
         if action.kind in ("profile", "probe"):
             if diagnosis.kind == Kind.COMM_HANG:
                 return self._act(self._probe_hosts(diagnosis), board, now)
+            found, self._early = self._early, None
+            if found is not None:
+                self._journal.event("looked", self._goodput.step, str(found))
+                return self._act(found, board, now)
             self._ask(action.kind, now)
             return None
         if action.kind == "give_up":
@@ -367,18 +396,21 @@ class Supervisor:
 
     # ----------------------------------------------------------- closer looks
 
-    def _ask(self, kind: str, now: float) -> None:
+    def _ask(self, kind: str, now: float, early: bool = False) -> None:
         """Asks all ranks to look, from a step on that lies ahead of all."""
         if self._asked is not None:
+            self._asked = self._asked._replace(early=self._asked.early and early)
             return
         rows = self._roster.rows.values()
         step = max((row.get("step", 0) for row in rows), default=0)
         pace = self._baseline.step if self._baseline.step > 0 else 1.0
         pace *= self._slowdown()
-        ahead = 3 + math.ceil(AHEAD / pace)
+        ahead = 2 + math.ceil(AHEAD / pace)
+        steps = min(max(math.ceil(LONG / pace) + 1, 3), look.STEPS)
+        until = now + ANSWER + (ahead + steps) * pace
         self._number += 1
-        self._asked = Asked(self._number, kind, now + ANSWER + ahead * pace)
-        self._roster.request(self._number, kind, step + ahead)
+        self._asked = Asked(self._number, kind, until, early)
+        self._roster.request(self._number, kind, step + ahead, steps)
 
     def _answered(self) -> Diagnosis | None:
         """What the ranks have found when they looked; None: nothing new."""
@@ -396,7 +428,7 @@ class Supervisor:
     def _looked(self, body: Mapping[str, Any]) -> Diagnosis | None:
         if self._asked is None or int(body["id"]) != self._asked.number:
             return None
-        kind, self._asked = self._asked.kind, None
+        kind, early, self._asked = self._asked.kind, self._asked.early, None
         if "failed" in body:
             self._blind = True
             self._journal.event("blind", text=f"no profile: {body['failed']}")
@@ -413,7 +445,12 @@ class Supervisor:
         if found.kind == Kind.COMM_SLOW and "delay" in body:
             links = self._links(body)
             found = links._replace(evidence=f"{found.evidence}; {links.evidence}")
+        if early:
+            self._early = found if found.ranks or found.links else None
+            return None
         self._journal.event("looked", self._goodput.step, str(found))
+        if not (found.ranks or found.links):
+            self._rest = self._clock() + REST
         return found
 
     def _links(self, body: Mapping[str, Any]) -> Diagnosis:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -239,6 +240,36 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
     assert ours.step == theirs.step == 1500
     pairs = zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_throttled_worker_of_the_trainer_is_named(job, tmp_path):
+    """As a newcomer would: it knows a healthy step, then gets a slow rank."""
+    command = [sys.executable, str(ROOT / "scripts/train.py")]
+    command += [str(ROOT / "configs/gpt_tiny.py"), "--out", str(tmp_path / "run")]
+    sizes = "--model.layers 1 --model.width 64 --model.heads 2 --model.mlp 256"
+    numbers = "--batch 8 --length 64 --steps 1000000 --evaluate.every 0"
+    command += f"{sizes} {numbers} --checkpoint.every 10000".split()
+    made = job(processes=2, command=command)
+    made.wait(lambda: made.events("learned"), "profile of healthy steps")
+    pid = made.status()["ranks"][1]["pid"]
+    ended = threading.Event()
+
+    def throttle():
+        while not ended.wait(0.01):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                ended.wait(0.1)
+                os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        made.wait(lambda: made.events("restart"), "restart")
+    finally:
+        ended.set()
+        thread.join()
+    named = [e for e in made.events("diagnosis") if e["ranks"]]
+    assert [(e["kind"], e["ranks"]) for e in named] == [("noncomm_slow", [1])]
 
 
 def test_a_supervisor_that_is_killed_is_succeeded(job):
