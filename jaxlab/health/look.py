@@ -33,7 +33,7 @@ from jaxlab.health.record import Recorder
 from jaxlab.health.reports import told_delays
 
 KINDS = ("learn", "profile", "probe")
-STEPS = 6
+STEPS = 20
 """steps that are profiled at most, one of which only says when the next began"""
 LEAST = 0.1
 """part of a step; what it has become longer by less is no slowness"""

@@ -38,7 +38,7 @@ CURVES = 5.0
 """seconds of steps that make one point of the curves"""
 AHEAD = 1.0
 """seconds until the step from which ranks look, so that all are told in time"""
-LONG = 4.0
+LONG = 2.0
 """seconds of steps that are looked at, as far as `look.STEPS` allow"""
 REST = 60.0
 """seconds without another look after one that found nobody to blame"""
