@@ -272,6 +272,20 @@ def test_a_slow_rank_that_nobody_waits_for_is_not_blamed():
     assert detect_slow(made, baseline_of(4)).kind == Kind.HEALTHY
 
 
+def test_a_rank_that_is_late_in_phase_is_not_blamed():
+    """All sleep beside a step that was dispatched ahead, one of them later than others.
+
+    The others have begun their sleep when the step before ends, so less of it counts;
+    the steps are as long as ever.
+    """
+    made = window(np.full((120, 4), LOCAL), first=1000)
+    made.local[:, 1] += 0.1
+    made.wait[:, 1] -= 0.1
+    assert detect_slow(made, baseline_of(4)).kind == Kind.HEALTHY
+    longer = made._replace(step=made.step + 0.1)
+    assert detect_slow(longer, baseline_of(4)).ranks == (1,)
+
+
 def test_a_rank_that_is_let_out_late_is_not_blamed():
     """The others wait for it, but not for its work: a link, say."""
     made = window(np.full((120, 4), LOCAL), first=1000)

@@ -13,7 +13,9 @@ of each statistic over clean blocks, so each rank is compared with itself, and h
 may differ. A block is unusual for a rank if all three exceed the baseline by a margin:
 it does more than it did, more than the others, and they wait for it. It is unusual for
 the program if the common busy time does, and for the communication if that does
-beyond what the busy time has grown by (a loaded host is slow at both).
+beyond what the busy time has grown by (a loaded host is slow at both). Nothing is
+unusual while steps are as short as ever: where they are dispatched ahead, ranks drift
+apart in phase, and all wait for the last one at no cost.
 
 Unusual blocks come in runs even in health: bursts of load. So the null hypothesis is a
 Markov chain of usual and unusual blocks with probabilities of at most p (after a usual
@@ -247,6 +249,8 @@ def excesses(
         # On a loaded host the communication is slow too, as much as the work.
         growth = block[-3] / center[-3] if center[-3] > 0 else 1.0
         excess[n + 1] = block[-2] - center[-2] * np.fmax(growth, 1.0)
+    if delta[-1] <= cfg.min_slowdown * baseline.step:
+        excess = np.minimum(excess, 0.0)
     margin[:n] = np.fmax(scale[n : 2 * n], scale[2 * n : 3 * n])
     margin[n:] = scale[-3:-1]
     assert baseline.history is not None
