@@ -213,11 +213,11 @@ def read(body: Mapping[str, Any]) -> Times:
 def compare(before: Times, now: Times) -> Diagnosis:
     """Why steps take longer than they did, from a profile of each time.
 
-    A rank is to blame if its own work has grown, beyond what the others' has, by at
-    least half of what the step has, or the time that its process did not run: a rank
-    that is held back is late in its part of the collectives as well, and that looks
-    like slow communication. Else the communication is to blame, if it has grown by
-    half. Medians over steps.
+    A rank is to blame if the time that its process did not run has grown, beyond what
+    the others' has, by at least half of what the step has: it is late in its part of
+    the collectives, and that looks like slow communication. If there is none, a rank is
+    whose own work has grown so. Else the communication is, if it has grown by half.
+    Medians over steps.
 
     Args:
         before: healthy, one column a rank.
@@ -239,7 +239,8 @@ def compare(before: Times, now: Times) -> Diagnosis:
         return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
     local = median(now.local) - median(before.local)
     paused = median(now.paused) - median(before.paused)
-    causes = ("own work", beyond_others(local)), ("pauses", beyond_others(paused))
+    # What waits for a rank that pauses begins its own work late, and seems slow as well.
+    causes = ("pauses", beyond_others(paused)), ("own work", beyond_others(local))
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
     for cause, own in causes:
