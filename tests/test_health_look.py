@@ -89,7 +89,7 @@ def test_a_rank_that_is_held_back_is_to_blame_for_late_collectives(
     found = compare(before, now)
     assert (found.kind, found.ranks) == (Kind.NONCOMM_SLOW, (rank % n,))
     assert "pauses" in found.evidence
-    late = grown(before, np.roll(np.eye(n)[rank % n] * more, 1), more)
+    late = grown(before, np.roll(np.eye(n)[rank % n] * more, 1))
     late.paused[:] = now.paused  # the next rank begins late because of it
     assert compare(before, late).ranks == (rank % n,)
     now.paused[:] += 10 * more  # all alike: a loaded host, and no rank's fault

@@ -239,7 +239,7 @@ def compare(before: Times, now: Times) -> Diagnosis:
         return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
     local = median(now.local) - median(before.local)
     paused = median(now.paused) - median(before.paused)
-    # What waits for a rank that pauses begins its own work late, and seems slow as well.
+    # Who waits for a rank that pauses begins its own work late, and seems slow as well.
     causes = ("pauses", beyond_others(paused)), ("own work", beyond_others(local))
     comm = float(median(now.pure_comm) - median(before.pure_comm))
     text = f"steps have become {longer * 1e3:.3g} ms longer"
