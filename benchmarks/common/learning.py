@@ -7,20 +7,21 @@ from importlib.metadata import version
 from random import Random
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
 
 from benchmarks.common.lockstep import TRAINING_SEEDS
+from jaxlab.rl.cluster import make_env
 from jaxlab.rl.config import RLRun
-from jaxlab.rl.envs.pix import PixEnv
 from jaxlab.rl.play import Job, demonstrate, play, seeds, wilson
 from jaxlab.rl.policy import Policy
 from jaxlab.rl.trajectory import Trajectory
 
 
-def make(run: RLRun, number: int) -> list[PixEnv]:
-    """Environments of the embedded interface."""
-    return [PixEnv(run.envs.tasks[0]) for _ in range(number)]
+def make(run: RLRun, number: int) -> list[gymnasium.Env]:
+    """The run's environments."""
+    return [make_env(run.envs).unwrapped for _ in range(number)]
 
 
 def show(policy: Policy, run: RLRun) -> list[Trajectory]:
@@ -43,7 +44,7 @@ def evaluate(
     policy: Policy,
     act: Any,
     params: Any,
-    envs: Sequence[PixEnv],
+    envs: Sequence[gymnasium.Env],
     tasks: Iterable[str],
     episodes: int,
     *,

@@ -1,0 +1,44 @@
+"""A policy that acts on MiniWoB++ pages in Chromium: sixteen tasks at once (DART).
+
+    python scripts/train.py configs/gui_miniwob.py      # extra gui, and a Chromium
+    python scripts/eval.py runs/gui_miniwob --seeds 1000000:1000200
+
+It first imitates scripted experts, then acts itself. The experts' episodes are played
+in the browser at the start, some 10 a second.
+"""
+
+from jaxlab.optimizers import AdamW
+from jaxlab.rl.config import Cloning, Envs, GuiPolicy, Objective, RLRun
+
+TASKS = (
+    "click-button",
+    "click-checkboxes",
+    "click-collapsible-nodelay",
+    "click-color",
+    "click-dialog",
+    "click-dialog-2",
+    "click-link",
+    "click-option",
+    "click-tab",
+    "click-test",
+    "click-test-2",
+    "click-widget",
+    "enter-text",
+    "focus-text",
+    "focus-text-2",
+    "identify-shape",
+)
+
+
+def config() -> RLRun:
+    """The run."""
+    return RLRun(
+        out="runs/gui_miniwob",
+        steps=100,
+        groups=8,
+        policy=GuiPolicy(cell=5, stride=5, patch=20, pool=4),
+        envs=Envs(id="jaxlab/MiniWoB-v0", tasks=TASKS, hosts=1, slots=4, max_steps=10),
+        cloning=Cloning(updates=1500, batch=64, episodes=1600),
+        objective=Objective(beta=0.01, passes=2),
+        optimizer=AdamW(lr=3e-4, weight_decay=0.0, schedule="constant", warmup=5),
+    )
