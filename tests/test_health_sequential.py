@@ -302,6 +302,14 @@ def test_slow_communication_is_not_confused_with_loaded_hosts():
     assert slight.kind == Kind.HEALTHY
 
 
+def test_what_little_a_host_does_before_a_step_excuses_no_slow_communication():
+    """As in a step that is not split: all of it counts as communication."""
+    local = np.full((600, 4), 0.0003)
+    baseline = update_baseline(init_baseline(), window(local, np.full(600, STEP)))
+    slow = window(20 * local[:120], np.full(120, 3 * STEP), first=1000)
+    assert detect_slow(slow, baseline).kind == Kind.COMM_SLOW
+
+
 def each_after(local_tn, comm_t):
     """The diagnoses of a stream after a clean baseline, where not healthy."""
     baseline, state, found = baseline_of(4), init_slow(4), []

@@ -48,6 +48,7 @@ from jaxlab.health.detect import (
 _PRIOR = 8.0  # weight of what is configured, in observations, beside what is learned
 _STAKE = 0.8  # of the evidence, put on "unusual" at fair odds; the rest is kept
 _SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
+_ERROR = 1.17  # of an estimate of sigma by them from one observation, in sigma
 
 
 def median_of_others(x_tn: np.ndarray) -> np.ndarray:
@@ -246,15 +247,18 @@ def excesses(
     excess[:n] = np.fmin(np.minimum(busy, relative), late)
     excess[n] = delta[-3]
     if n > 1:
-        # On a loaded host the communication is slow too, as much as the work.
-        growth = block[-3] / center[-3] if center[-3] > 0 else 1.0
+        # On a loaded host the communication is slow too, as much as the work: which
+        # tells nothing where it is but what a host does before it dispatches a step.
+        tells = center[-3] > cfg.min_slowdown * baseline.step
+        growth = block[-3] / center[-3] if tells else 1.0
         excess[n + 1] = block[-2] - center[-2] * np.fmax(growth, 1.0)
     if delta[-1] <= cfg.min_slowdown * baseline.step:
         excess = np.minimum(excess, 0.0)
     margin[:n] = np.fmax(scale[n : 2 * n], scale[2 * n : 3 * n])
     margin[n:] = scale[-3:-1]
     assert baseline.history is not None
-    young = 1 + cfg.warmup / len(baseline.history)  # center and scale are estimates
+    # Center and scale are estimates, with a standard error (of normal noise).
+    young = 1 + _ERROR / math.sqrt(len(baseline.history))
     margin = np.fmax(young * cfg.deviations * margin, cfg.min_slowdown * baseline.step)
     return excess, margin
 

@@ -255,7 +255,7 @@ def test_a_throttled_worker_of_the_trainer_is_named(job, tmp_path):
     ended = threading.Event()
 
     def throttle():
-        while not ended.wait(0.01):
+        while not ended.wait(0.03):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
                 ended.wait(0.1)
@@ -268,8 +268,10 @@ def test_a_throttled_worker_of_the_trainer_is_named(job, tmp_path):
     finally:
         ended.set()
         thread.join()
+    # On a busy machine it may not even beat in the time that is left to it.
     named = [e for e in made.events("diagnosis") if e["ranks"]]
-    assert [(e["kind"], e["ranks"]) for e in named] == [("noncomm_slow", [1])]
+    assert [e["ranks"] for e in named] == [[1]]
+    assert named[0]["kind"] in ("noncomm_slow", "frozen")
 
 
 def test_a_supervisor_that_is_killed_is_succeeded(job):
