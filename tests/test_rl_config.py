@@ -7,7 +7,7 @@ import pytest
 
 from jaxlab import config
 from jaxlab.errors import ConfigError
-from jaxlab.rl.config import Curation, Envs, RLRun, Rollout, validate
+from jaxlab.rl.config import Curation, Envs, GuiPolicy, RLRun, Rollout, validate
 
 
 def test_a_run_comes_back_from_its_file(tmp_path):
@@ -51,6 +51,12 @@ def changed(**fields) -> RLRun:
         (changed(store="mysql://x"), "postgresql://"),
         (changed(ray_address="auto"), "without --engine ray"),
         (changed(ray_address="auto", engine="ray"), "may span hosts"),
+        (changed(policy=GuiPolicy(tower="a", typed=1)), "tokenizer None go together"),
+        (changed(envs=Envs(tokenizer="a")), "tower None and envs.tokenizer a"),
+        (
+            changed(policy=GuiPolicy(tower="a"), envs=Envs(tokenizer="a")),
+            "without policy.typed",
+        ),
     ],
 )
 def test_what_does_not_work_is_refused(run, match):

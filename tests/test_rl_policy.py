@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from jaxlab import config, tokens
 from jaxlab.errors import ConfigError
 from jaxlab.models import gpt, gui_policy, hf
+from jaxlab.rl import launch
 from jaxlab.rl.actions import LENGTH, ActionTokens
-from jaxlab.rl.config import GuiPolicy
+from jaxlab.rl.cluster import make_env
+from jaxlab.rl.config import Curation, Envs, GuiPolicy, RLRun, Rollout
 from jaxlab.rl.envs.api import (
     ARGUMENTS,
     FIELDS,
@@ -27,6 +29,7 @@ from jaxlab.rl.envs.api import (
 )
 from jaxlab.rl.envs.pix import PixEnv
 from jaxlab.rl.envs.tokenized import Tokenized
+from jaxlab.rl.evaluate import evaluate_run, load_actor
 
 SMALL = GuiPolicy(cell=4, stride=2, patch=6, features=4, width=8, layers=1, heads=2)
 WORDS = 12
@@ -304,6 +307,34 @@ def checkpoint(tmp_path):
     hf.save(tmp_path, model, params, tokenizer=tokenizer)
     tokenizer.save(tmp_path / "tokenizer.json")
     return tmp_path, model, params
+
+
+def test_a_run_with_a_language_model(checkpoint, tmp_path):
+    """Through all processes: hosts tokenize, workers and the learner read."""
+    folder, _, _ = checkpoint
+    sizes = {"features": 4, "width": 8, "heads": 2, "stride": 4}
+    run = RLRun(
+        out=str(tmp_path / "run"),
+        steps=1,
+        groups=1,
+        policy=GuiPolicy(**sizes, tower=str(folder), typed=len(PixEnv.vocabulary)),
+        envs=Envs(
+            tasks=("color",),
+            hosts=1,
+            slots=2,
+            max_steps=2,
+            tokenizer=str(folder),
+            tokens=12,
+        ),
+        rollout=Rollout(workers=1, buckets=(1,)),
+        curation=Curation(n_max=2, keep_uninformative=True, experience=False),
+        checkpoint=config.Checkpoint(every=1),
+    )
+    launch.train(run, print)
+    actor, step = load_actor(run.out, run, make_env(run.envs).observation_space)
+    assert step == 1
+    found = evaluate_run(run.out, (), range(10**6, 10**6 + 2), ("policy",), workers=1)
+    assert found["success"]
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -21,7 +21,7 @@ from jaxlab.rl.trajectory import Trajectory
 
 def make(run: RLRun, number: int) -> list[gymnasium.Env]:
     """The run's environments."""
-    return [make_env(run.envs).unwrapped for _ in range(number)]
+    return [make_env(run.envs) for _ in range(number)]
 
 
 def show(policy: Policy, run: RLRun) -> list[Trajectory]:

@@ -234,7 +234,16 @@ def make_env(envs: Envs) -> Any:
 
     import jaxlab.rl.envs  # noqa: F401 (registers them)
 
-    return gymnasium.make(envs.id, disable_env_checker=True)
+    return tokenized(gymnasium.make(envs.id, disable_env_checker=True), envs)
+
+
+def tokenized(env: Any, envs: Envs) -> Any:
+    """The environment, with instructions as the run's policy reads them."""
+    if envs.tokenizer is None:
+        return env
+    from jaxlab.rl.envs.tokenized import Tokenized
+
+    return Tokenized(env, envs.tokenizer, envs.tokens)
 
 
 def host_main(spec: HostSpec) -> None:

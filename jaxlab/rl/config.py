@@ -43,10 +43,11 @@ class GuiPolicy:
     heads: int = 4
     """of their attention"""
     typed: int | None = None
-    """words that the environment types by number; None: those of its instructions"""
+    """words that the environment types by number; None: those of its instructions, if
+    there is no tower"""
     tower: str | None = None
     """folder with a Hugging Face config.json and .safetensors (Llama family): that
-    language model reads the instruction, as `envs.tokenized.Tokenized` gives it"""
+    language model reads the instruction, as `envs.tokenizer` gives it"""
     train_tower: bool = True
     """train the language model's weights, too"""
 
@@ -71,6 +72,11 @@ class Envs:
     """environments a process"""
     max_steps: int = 10
     """actions that any rollout may take"""
+    tokenizer: str | None = None
+    """folder of a language model, whose tokenizer.json makes tokens of instructions,
+    for a policy with a tower; None: words by number"""
+    tokens: int = 32
+    """of an instruction; a longer one loses its end"""
     step_timeout: float = 30.0
     """seconds after which an action or a reset is given up, with its environment"""
 
@@ -213,6 +219,7 @@ def validate(run: RLRun) -> None:
         "envs.hosts": (run.envs.hosts, 1),
         "envs.slots": (run.envs.slots, 1),
         "envs.max_steps": (run.envs.max_steps, 1),
+        "envs.tokens": (run.envs.tokens, 1),
         "rollout.workers": (run.rollout.workers, 1),
         "rollout.max_lag": (run.rollout.max_lag, 0),
         "rollout.attempts": (run.rollout.attempts, 1),
@@ -230,6 +237,17 @@ def validate(run: RLRun) -> None:
     ):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} is {share}, and must lie between 0 and 1")
+    policy, tower = run.policy, getattr(run.policy, "tower", None)
+    if (tower is None) != (run.envs.tokenizer is None):
+        raise ConfigError(
+            f"policy.tower {tower} and envs.tokenizer {run.envs.tokenizer} go "
+            "together: both are the folder of the language model"
+        )
+    if isinstance(policy, GuiPolicy) and tower is not None and policy.typed is None:
+        raise ConfigError(
+            "policy.tower without policy.typed, the number of words that the "
+            "environment types: len(env.unwrapped.vocabulary)"
+        )
     if not run.envs.step_timeout > 0:
         raise ConfigError(
             f"envs.step_timeout is {run.envs.step_timeout}, and must be positive"

@@ -208,7 +208,7 @@ def evaluate_run(
     import gymnasium
 
     from jaxlab import config
-    from jaxlab.rl.cluster import make_env
+    from jaxlab.rl.cluster import make_env, tokenized
 
     run = config.load(Path(folder) / "config.json")
     tasks = tuple(tasks) or run.envs.tasks
@@ -221,9 +221,10 @@ def evaluate_run(
 
     def make(task: str) -> Any:
         try:
-            return gymnasium.make(judge, task=task, disable_env_checker=True).unwrapped
+            made = gymnasium.make(judge, task=task, disable_env_checker=True)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        return tokenized(made.unwrapped, run.envs)
 
     out = Path(folder) / "eval"
     out.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab.errors import ConfigError
-from jaxlab.models import gui_policy, hf
+from jaxlab.models import gpt, gui_policy, hf
 from jaxlab.rl.actions import KINDS, ActionTokens
 from jaxlab.rl.config import GuiPolicy
 from jaxlab.rl.policy import Acted, Policy, Scored
@@ -17,7 +17,7 @@ def build(config: GuiPolicy, space: Any) -> Policy:
 
     With a tower the instruction is what `envs.tokenized` makes of it, `config.typed`
     says how many words the environment types, and `init` reads the tower's weights
-    from its folder (outside of `jax.jit`).
+    from its folder (not where it is traced: then only shapes are right).
 
     Raises:
         ConfigError: sizes do not go together; the message names both.
@@ -45,8 +45,11 @@ def build(config: GuiPolicy, space: Any) -> Policy:
 
     def init(key: jax.Array) -> Any:
         params = fresh(key)
-        if config.tower is not None:
-            params["tower"] = hf.load_params(config.tower, tower)[1]
+        if tower is not None and config.tower is not None:
+            if isinstance(key, jax.core.Tracer):  # by `jax.eval_shape`
+                params["tower"] = gpt.init_params(tower, key)
+            else:
+                params["tower"] = hf.load_params(config.tower, tower)[1]
         return params
 
     def act(

@@ -78,7 +78,7 @@ class Trainer:
         self.learner = learner.build(self.run, self.policy)
         self.key = jax.random.key(self.run.seed)
         self.abstract = jax.eval_shape(
-            lambda: self.learner.init(self.policy.init(self.key))
+            lambda key: self.learner.init(self.policy.init(key)), self.key
         )
         self.step = 0
         self.state: Any = None
