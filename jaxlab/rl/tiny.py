@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxlab.errors import ConfigError
 from jaxlab.rl.envs.api import Action, Kind
 from jaxlab.rl.policy import Acted, Policy, Scored
 
@@ -20,7 +21,17 @@ GRID = 8
 
 
 def build(width: int, space: Any) -> Policy:
-    """The policy for an observation space of `envs.api`, whose sides 8 divides."""
+    """The policy for an observation space of `envs.api`.
+
+    Raises:
+        ConfigError: 8 does not divide the screen's sides.
+    """
+    high, broad, _ = space["image"].shape
+    if high % GRID or broad % GRID:
+        raise ConfigError(
+            f"a TinyPolicy sees {GRID} x {GRID} patches, which do not fit into a "
+            f"screen of {broad} x {high}: set policy=GuiPolicy(...)"
+        )
     words = int(space["instruction"].high.max()) + 1
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
