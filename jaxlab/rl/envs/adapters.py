@@ -315,12 +315,16 @@ class BrowserGymEnv(_Adapter):
         package = task.removeprefix("browsergym/").partition(".")[0]
         try:
             importlib.import_module(f"browsergym.{package}")
+            actions = importlib.import_module("browsergym.core.action.highlevel")
         except ImportError as error:
             raise UserError(
                 f"{task} needs BrowserGym ({error}): in an environment of its own, "
                 f"it pins Playwright; pip install jaxlab browsergym-{package} and "
                 "playwright install chromium"
             ) from None
+        # Without, it knows elements by their ids alone, and no places.
+        words = actions.HighLevelActionSet(("coord", "bid"), multiaction=True)
+        rest = {"action_mapping": words.to_python_code} | rest
         self._inner = gymnasium.make(task, disable_env_checker=True, **rest)
         self._screen = size
 
