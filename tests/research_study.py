@@ -20,6 +20,7 @@ FIELDS = {
     "salt": "a",
     "diverge": 0,
     "crash": 0,
+    "vocab": None,
 }
 
 

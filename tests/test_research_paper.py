@@ -34,8 +34,13 @@ from tests.research_study import study, write_config
 pytestmark = pytest.mark.requires("typst", "pypdfium2", "matplotlib", "scipy")
 
 
-def propose(context, a, b, seeds=(1, 2, 3, 4), **more):
+SHARED = {"steps": 3, "shared": 0.05, "noise": 0.01, "seconds": 0.0}
+
+
+def propose(context, a, b, seeds=(1, 2, 3, 4), shared=(), **more):
     arms = [{"name": "b", "config": b}, {"name": "a", "config": a}]
+    arms = [arm | {"overrides": dict(shared)} for arm in arms]
+    arms[0]["overrides"] |= {"salt": "b"} if shared else {}
     plan = {
         "metric": "eval/loss",
         "direction": "lower",
@@ -67,10 +72,29 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     a, b = write_config(folder, "a"), write_config(folder, "b", level=1.9, diverge=0)
     with study(folder / "ws", configs=[a, b]) as context:
-        propose(context, a, b, min_effect=0.05)
+        propose(context, a, b, shared=SHARED.items(), min_effect=0.05)
         experiments.run_plan(context, 1)
         write_paper(context)
     return folder / "ws"
+
+
+def test_settings_that_arms_share_are_rows_and_not_columns(made):
+    """Side by side a dozen would run into each other."""
+    with study(made) as context:
+        sections = paper.load(context.workspace)["sections"]
+    blocks = [block for section in sections for block in section["blocks"]]
+    tables = {block["table"]: block for block in blocks if "table" in block}
+    assert tables["settings-p1"]["header"] == ["arm", "{fact:p1.field.salt}"]
+    assert len(tables["shared-p1"]["rows"]) == len(SHARED)
+
+
+def test_a_run_of_another_config_is_found(made, tmp_path):
+    shutil.copytree(made, tmp_path / "ws")
+    path = next((tmp_path / "ws/runs").glob("*/config.json"))
+    path.write_text(path.read_text().replace('"noise": 0.01', '"noise": 0.02'))
+    with study(tmp_path / "ws") as context:
+        found = list(gates.method_true(context.workspace, context.events()))
+    assert found == [f"run {path.parent.name} did not train what plan 1 says"]
 
 
 def test_a_whole_study_verifies(made):

@@ -95,18 +95,32 @@ def _method(plan: dict[str, Any], n: int, ledger: Any) -> Made:
     varied = list(dict.fromkeys(k for a in plan["arms"] for k in a["overrides"]))
     fixed = ("steps", "batch", "length")
     fixed = [f for f in fixed if f not in varied and _has(ledger, n, plan, f)]
-    names = [f"{{fact:{facts.fact_id(n, 'field', field=f)}}}" for f in varied]
-    if fixed or varied:
+    names = {f: f"{{fact:{facts.fact_id(n, 'field', field=f)}}}" for f in varied}
+    names = {f: f for f in fixed} | names
+    # Few fields differ, and many may be shared: those would not fit side by side.
+    shared = [f for f in names if _shared(ledger, n, plan, f)]
+    own = [f for f in names if f not in shared]
+    if own:
         rows = []
         for arm in plan["arms"]:
-            cells = [_setting(ledger, n, arm["name"], f) for f in (*fixed, *varied)]
+            cells = [_setting(ledger, n, arm["name"], f) for f in own]
             rows.append([f"{{fact:p{n}.arm.{arm['name']}}}", *cells])
         blocks.append(
             {
                 "table": f"settings-p{n}",
-                "caption": "Settings of the arms; all others are in the plan.",
-                "header": ["arm", *fixed, *names],
+                "caption": "Settings of each arm.",
+                "header": ["arm", *(names[f] for f in own)],
                 "rows": rows,
+            }
+        )
+    if shared:
+        first = plan["arms"][0]["name"]
+        blocks.append(
+            {
+                "table": f"shared-p{n}",
+                "caption": "Settings that all arms share; all others are in the plan.",
+                "header": ["setting", "value"],
+                "rows": [[names[f], _setting(ledger, n, first, f)] for f in shared],
             }
         )
     if plan["comparisons"]:
@@ -237,6 +251,16 @@ def _pair(n: int, name: str) -> str:
 def _has(ledger: Any, n: int, plan: dict[str, Any], field: str) -> bool:
     key = f"p{n}.setting.{plan['arms'][0]['name']}.{field}"
     return key in ledger
+
+
+def _shared(ledger: Any, n: int, plan: dict[str, Any], field: str) -> bool:
+    """Whether all arms have the same value of a field."""
+    keys = [
+        facts.fact_id(n, "setting", arm=arm["name"], field=field)
+        for arm in plan["arms"]
+    ]
+    values = [ledger[key]["value"] if key in ledger else None for key in keys]
+    return all(key in ledger for key in keys) and values == values[:1] * len(values)
 
 
 def _setting(ledger: Any, n: int, arm: str, field: str) -> str:
