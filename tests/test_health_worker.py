@@ -164,8 +164,11 @@ def loop(folder, requests, program="collective"):
     }
 
 
+STEPS = 6
+
+
 def request(kind, step, number):
-    return json.dumps({"kind": kind, "step": step, "steps": 6, "id": number})
+    return json.dumps({"kind": kind, "step": step, "steps": STEPS, "id": number})
 
 
 def test_it_records_and_looks_when_asked(tmp_path):
@@ -179,16 +182,16 @@ def test_it_records_and_looks_when_asked(tmp_path):
             36: request("profile", 40, 4),
         },
     )
-    learned, compared = (step + look.STEPS - 1 for step in (10, 40))
+    learned, compared = (step + STEPS - 1 for step in (10, 40))
     assert {step: body["id"] for step, body in answers.items()} == {
         learned: 1,
         30: 2,
         compared: 4,
     }
-    assert look.read(answers[compared]).step.shape == (look.STEPS - 1, 1)
+    assert look.read(answers[compared]).step.shape == (STEPS - 1, 1)
     times = look.read(answers[learned])
     # One column a process, and this is one.
-    assert times.step.shape == (look.STEPS - 1, 1)
+    assert times.step.shape == (STEPS - 1, 1)
     assert (times.step > 0).all() and (times.pure_comm > 0).all()
     assert (times.local >= 0).all() and (times.local <= times.step).all()
     assert answers[30]["delay"] == [[None]]
