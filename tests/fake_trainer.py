@@ -31,7 +31,7 @@ def main(arguments):
         return
     out = Path(config["out"])
     # As the real one, which fills in what its data decide.
-    (out / "config.json").write_text(json.dumps(config | {"vocab": 7}))
+    (out / "config.json").write_text(json.dumps(config | {"model": {"vocab": 7}}))
     own = random.Random(f"{config['seed']} {config['level']} {config['salt']}")
     common = random.Random(config["seed"])
     loss = config["level"] + config["shared"] * common.gauss(0, 1)

@@ -20,7 +20,7 @@ FIELDS = {
     "salt": "a",
     "diverge": 0,
     "crash": 0,
-    "vocab": None,
+    "model": {"vocab": None},
 }
 
 

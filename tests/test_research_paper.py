@@ -88,10 +88,19 @@ def test_settings_that_arms_share_are_rows_and_not_columns(made):
     assert len(tables["shared-p1"]["rows"]) == len(SHARED)
 
 
-def test_a_run_of_another_config_is_found(made, tmp_path):
+@pytest.mark.parametrize(
+    ("said", "edited"),
+    [
+        ('"noise": 0.01', '"noise": 0.02'),
+        ('"vocab": 7', '"vocab": 7, "width": 1'),
+        ('"crash": 0', '"crash": null'),
+    ],
+)
+def test_a_run_of_another_config_is_found(made, tmp_path, said, edited):
     shutil.copytree(made, tmp_path / "ws")
     path = next((tmp_path / "ws/runs").glob("*/config.json"))
-    path.write_text(path.read_text().replace('"noise": 0.01', '"noise": 0.02'))
+    assert said in path.read_text()
+    path.write_text(path.read_text().replace(said, edited))
     with study(tmp_path / "ws") as context:
         found = list(gates.method_true(context.workspace, context.events()))
     assert found == [f"run {path.parent.name} did not train what plan 1 says"]

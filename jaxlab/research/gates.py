@@ -200,12 +200,16 @@ def citations_stored(workspace: Workspace, _: Events) -> Iterator[str]:
                 yield f"{place}: {piece.value!r} is not in the stored bibliography"
 
 
-def _as_planned(planned: Any, ran: Any) -> bool:
-    """Whether a run's config is the plan's; None in a plan is the script's to fill."""
-    if isinstance(planned, dict) and isinstance(ran, dict):
-        same = planned.keys() == ran.keys()
-        return same and all(_as_planned(planned[k], ran[k]) for k in planned)
-    return planned is None or planned == ran
+def _as_planned(planned: dict[str, Any], ran: dict[str, Any]) -> bool:
+    """Whether a run's config is the plan's.
+
+    What is None in the plan's `model` is the script's to fill: it depends on the data.
+    """
+    model, filled = (x.get("model") for x in (planned, ran))
+    if isinstance(model, dict) and isinstance(filled, dict):
+        kept = {k: None if model.get(k, 0) is None else v for k, v in filled.items()}
+        ran = ran | {"model": kept}
+    return planned == ran
 
 
 def method_true(workspace: Workspace, events: Events) -> Iterator[str]:
