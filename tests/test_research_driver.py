@@ -459,6 +459,15 @@ def test_delegations_are_counted(tmp_path):
     assert "all 1 delegations are used" in errors[0]
 
 
+def test_a_study_whose_gates_failed_gets_another_try_when_resumed(tmp_path):
+    def never(ws, events):
+        return [GateResult("G9", False, ("a person mends this",))]
+
+    assert drive(tmp_path / "ws", gates=never).code == 4
+    assert drive(tmp_path / "ws", gates=never).code == 4
+    assert drive(tmp_path / "ws").code == 0
+
+
 def test_the_turns_of_an_agent_are_counted(tmp_path):
     parts = toy_parts()
     parts.agent(dataclasses.replace(parts.agents["manager"], max_turns=2))

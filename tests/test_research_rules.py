@@ -7,7 +7,7 @@ import time
 import pytest
 
 from jaxlab.research import experiments, next_plan, plans, questions, verify
-from jaxlab.research.types import Budget, NeedsHuman, ToolError
+from jaxlab.research.types import Budget, BudgetSpent, NeedsHuman, ToolError
 from tests.research_study import TRAINER, study, write_config
 
 pytestmark = pytest.mark.requires("typst", "pypdfium2", "matplotlib", "pydantic_ai")
@@ -132,8 +132,9 @@ def test_the_budget_limits_the_seeds_and_says_so(tmp_path):
         assert len(main["seeds"]) == 4 and main["power"] < 0.9
     small = {"budget": {"runs": 5}}
     with study(tmp_path / "small", settings=small, **options) as context:
-        made, why = steps(context)
-    assert made == [] and "raise --budget" in why
+        with pytest.raises(BudgetSpent, match="raise --budget"):
+            steps(context)
+        assert not any(e.kind == "run_start" for e in context.events())
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,16 @@ def test_a_budget_of_runs_is_kept(tmp_path):
         assert (tmp_path / "ws/paper/paper.pdf").exists()
 
 
+def test_a_budget_too_small_for_a_test_is_told_before_anything_runs(tmp_path):
+    ending = asked(tmp_path, budget=5)
+    assert ending.code == 3 and "raise --budget" in ending.why
+    assert starts(tmp_path / "ws") == []
+    assert not (tmp_path / "ws/paper/paper.pdf").exists()
+    ending = resume(tmp_path / "ws", settings=Settings(Budget(runs=60)), say=quiet)
+    assert ending.code == 0, ending
+    verified(tmp_path / "ws")
+
+
 def test_what_cannot_be_read_needs_a_person(tmp_path):
     ending = run("What is love?", tmp_path / "ws", say=quiet)
     assert ending.code == 5 and "Forms that the rule policy can read" in ending.why

@@ -117,7 +117,8 @@ class Driver:
     ) -> Ending:
         """Drives to the end, a limit, or a person's stop; resumes what was begun."""
         if self.journal.events:
-            self._append("driver", "resume", since=len(self.journal.events))
+            kept = {"since": len(self.journal.events), "settings": self.settings}
+            self._append("driver", "resume", **kept)
         else:
             first = {"schema": 1, "question": question, "options": options}
             self._append("driver", "study", **first)

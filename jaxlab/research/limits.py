@@ -70,11 +70,12 @@ def stuck(session: Session, last_progress: int) -> str | None:
         session: its session.
         last_progress: number of the last event that changed more than the transcript.
     """
-    ends = [e for e in session.entries if isinstance(e, Outcome)]
+    entries = session.entries[session.forgiven :]
+    ends = [e for e in entries if isinstance(e, Outcome)]
     refused = [e for e in ends if e.call.tool == "finish" and e.event > last_progress]
     if len(refused) > ROUNDS:
         return f"asked to finish {len(refused)} times without mending anything"
-    replies = [e for e in session.entries if isinstance(e, Reply)][-REPEATS:]
+    replies = [e for e in entries if isinstance(e, Reply)][-REPEATS:]
     if len(replies) == REPEATS and not any(r.calls for r in replies):
         return f"called no tool in {REPEATS} turns"
     tail = ends[-FRUITLESS:]

@@ -25,6 +25,7 @@ from jaxlab.research.questions import (
     setting_name,
 )
 from jaxlab.research.tool import Context, Result, tool
+from jaxlab.research.types import BudgetSpent
 
 PILOT = 3  # seeds of a pilot
 POWER = 0.9
@@ -62,7 +63,9 @@ def proposal(context: Context, request: str = "") -> dict[str, Any]:
     """See `follow_up`.
 
     Raises:
-        Missing: the question or the request cannot be read, or the budget is too small.
+        Missing: the question or the request cannot be read, or too little is left for
+            a follow-up.
+        BudgetSpent: too little is left for the test that was asked for.
     """
     wanted = read(context)
     plan = _latest(context)
@@ -91,7 +94,7 @@ def _pilot(context: Context, wanted: dict[str, Any]) -> dict[str, Any]:
     if (left := _runs_left(context)) is not None:
         least = len(wanted["arms"]) * (len(seeds) + 3)
         if left < least:
-            raise Missing(
+            raise BudgetSpent(
                 f"{left} runs are left, and a pilot and three seeds of "
                 f"{len(wanted['arms'])} arms take {least}; raise --budget runs=..."
             )
@@ -139,7 +142,10 @@ def _confirmatory(
         ]
     sd = max((stats.sd_bound(d) for d in deviations if len(d) > 1), default=math.inf)
     level = stats.look_levels([1, 2], alpha)[-1] / max(1, len(comparisons))
-    most = _most_seeds(context, len(arms), pilot)
+    try:
+        most = _most_seeds(context, len(arms), pilot)
+    except Missing as short:  # a pilot alone answers nothing
+        raise BudgetSpent(str(short)) from None
     need = (
         stats.sample_size(effect, sd, level, POWER, most) if math.isfinite(sd) else None
     )

@@ -87,6 +87,8 @@ class Session:
     """entries before this one are told by the digest only"""
     offload: frozenset[str] = frozenset()
     """calls of which only the head of the result and of the arguments is shown"""
+    forgiven: int = 0
+    """entries from before the study was resumed after its gates had failed"""
     history: Ref | None = None
     """file with every reference and call, once something was cut"""
 
@@ -150,7 +152,6 @@ class Study:
         data, kind = event.data, event.kind
         if kind in ("study", "resume"):
             self._wall_before, self._began = self.usage.wall, event.t
-            self.finished = None
         self.usage.wall = self.wall(event.t)
         handler = getattr(self, f"_on_{kind}", None)
         if handler is not None:
@@ -160,6 +161,14 @@ class Study:
 
     def _on_study(self, event: Event, data: dict[str, Any]) -> None:
         self.question, self.options = data["question"], data["options"]
+
+    def _on_resume(self, event: Event, data: dict[str, Any]) -> None:
+        if "settings" in data:  # a larger budget, say: tools read it, too
+            self.options = {**self.options, "settings": data["settings"]}
+        if self.finished is not None and self.finished["status"] == "gates":
+            for session in self.sessions.values():
+                session.forgiven = len(session.entries)
+        self.finished = None
 
     def _on_agent_start(self, event: Event, data: dict[str, Any]) -> None:
         self.sessions[data["session"]] = Session(
