@@ -14,11 +14,11 @@ def config() -> RLRun:
     """The run."""
     return RLRun(
         out="runs/gui_pix",
-        steps=100,
+        steps=60,
         groups=16,
         policy=GuiPolicy(),
         envs=Envs(tasks=("click", "check", "enter"), max_steps=12),
-        cloning=Cloning(updates=1000, batch=64, episodes=6000),
+        cloning=Cloning(updates=2000, batch=32, episodes=6000),
         objective=Objective(beta=0.01, passes=2),
         optimizer=AdamW(lr=3e-4, weight_decay=0.0, schedule="constant", warmup=5),
     )

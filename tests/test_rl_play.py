@@ -8,7 +8,7 @@ import pytest
 
 from jaxlab.rl.config import TinyPolicy
 from jaxlab.rl.envs.pix import PixEnv, advance, start
-from jaxlab.rl.play import Job, demonstrate, play, seeds, wilson
+from jaxlab.rl.play import Job, demonstrate, demonstrations, play, seeds, wilson
 from jaxlab.rl.trajectory import Trajectory
 
 SPACE = PixEnv("color").observation_space
@@ -91,6 +91,19 @@ def test_experts_show_what_the_policy_can_do(task):
         assert np.isnan(a.logp).all() and (a.version == -1).all()
         for tokens in a.tokens:
             assert np.array_equal(policy.tokens(policy.action(tokens)), tokens)
+
+
+def test_demonstrations_do_not_depend_on_who_plays_them():
+    policy, tasks = setup()[0], ("click", "color", "check")
+
+    def shown(slots):
+        envs = [PixEnv("color") for _ in range(slots)]
+        return demonstrations(policy, envs, tasks, 20, seed=3, limit=9, below=1000)
+
+    one, four = shown(1), shown(4)
+    assert all(same(a, b) for a, b in zip(one, four, strict=True))
+    assert [a.task for a in one] == ["click"] * 7 + ["color"] * 7 + ["check"] * 6
+    assert [a.seed for a in one] == seeds(3, 20, 1000)
 
 
 def test_seeds_differ_and_repeat():

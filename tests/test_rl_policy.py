@@ -235,13 +235,13 @@ def test_blocks_and_patches_are_those_of_the_pixels():
     rgb = images.astype(np.float64) / 64
     luma = rgb @ [0.299, 0.587, 0.114]
     luma -= luma.mean((1, 2), keepdims=True)
-    chroma = np.stack([rgb[..., 2] - luma, rgb[..., 0] - luma], -1)
+    coarse = np.stack([luma, rgb[..., 2] - luma, rgb[..., 0] - luma], -1)
     blocks = np.asarray(gui_policy.luma_chroma(jnp.asarray(images), 2))
-    assert blocks.shape == (2, 8, 10, 6)
+    assert blocks.shape == (2, 8, 10, 7)
     for r, c in itertools.product(range(8), range(10)):
         square = (slice(None), slice(2 * r, 2 * r + 2), slice(2 * c, 2 * c + 2))
         wanted = np.concatenate(
-            [luma[square].reshape(2, 4), chroma[square].mean((1, 2))], 1
+            [np.abs(luma[square]).reshape(2, 4), coarse[square].mean((1, 2))], 1
         )
         np.testing.assert_allclose(blocks[:, r, c], wanted, atol=1e-5)
     large = np.asarray(gui_policy.patches(jnp.asarray(blocks), 3))
@@ -249,6 +249,22 @@ def test_blocks_and_patches_are_those_of_the_pixels():
     for r, c in itertools.product(range(8), range(10)):
         wanted = padded[:, r : r + 3, c : c + 3].reshape(2, -1)
         np.testing.assert_array_equal(large[:, r, c], wanted)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_what_is_around_and_in_line_with_a_cell_are_maxima(rows, columns):
+    cells = np.random.default_rng(1).normal(size=(2, rows * columns, 3))
+    cells = cells.astype(np.float32)
+    near = np.asarray(gui_policy.around(jnp.asarray(np.abs(cells)), rows, columns))
+    lines = np.asarray(gui_policy.aligned(jnp.asarray(cells), rows, columns))
+    grid = cells.reshape(2, rows, columns, 3)
+    for r, c in itertools.product(range(rows), range(columns)):
+        square = grid[:, max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2]
+        here = r * columns + c
+        np.testing.assert_array_equal(near[:, here], np.abs(square).max((1, 2)))
+        ways = (cells[:, here], grid[:, r].max(1), grid[:, :, c].max(1))
+        np.testing.assert_array_equal(lines[:, :, here], np.stack(ways, 1))
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))

@@ -4,7 +4,6 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from random import Random
 from typing import Any
 
 import gymnasium
@@ -14,7 +13,7 @@ import numpy as np
 from benchmarks.common.lockstep import TRAINING_SEEDS
 from jaxlab.rl.cluster import make_env
 from jaxlab.rl.config import RLRun
-from jaxlab.rl.play import Job, demonstrate, play, seeds, wilson
+from jaxlab.rl.play import Job, demonstrations, play, wilson
 from jaxlab.rl.policy import Policy
 from jaxlab.rl.trajectory import Trajectory
 
@@ -26,12 +25,12 @@ def make(run: RLRun, number: int) -> list[gymnasium.Env]:
 
 def show(policy: Policy, run: RLRun) -> list[Trajectory]:
     """The expert's episodes of a run."""
-    tasks, number = run.envs.tasks, run.cloning.episodes
-    jobs = [
-        Job(index, tasks[index % len(tasks)], seed, limit=run.envs.max_steps)
-        for index, seed in enumerate(seeds(run.seed, number, TRAINING_SEEDS))
-    ]
-    return list(demonstrate(policy, make(run, 1)[0], jobs, Random(run.seed)))
+    tasks, number, limit = run.envs.tasks, run.cloning.episodes, run.envs.max_steps
+    envs = make(run, run.envs.slots)
+    shown = demonstrations(policy, envs, tasks, number, run.seed, limit, TRAINING_SEEDS)
+    for env in envs:
+        env.close()
+    return shown
 
 
 def versions() -> dict[str, str]:

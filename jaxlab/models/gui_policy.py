@@ -2,9 +2,12 @@
 
 Small overlapping patches of the screen become features; each is compared with each
 word of the instruction ("is this written here?"). Cells, the places that can be
-pointed at, take the best match of their patches. A transformer over the words and the
-pooled cells says which word counts now, and what lies around each cell. An action is
-written token by token: its kind, then arguments that know the tokens before.
+pointed at, take the best match of their patches; what is written beside a cell, or
+above it, counts as well, since that is where labels are. Each word learns what it looks
+like around the place where it is written (a box that is checked, say). A transformer
+over the words and the pooled cells says which word counts now, and what lies around
+each cell. An action is written token by token: its kind, then arguments that know the
+tokens before.
 
 A comparison of words with local features is what learns to read in minutes: patches in
 a generic transformer did not, and convolutions' derivatives are slow on XLA's CPU
@@ -35,20 +38,21 @@ place, and the logits of the distribution that it is from."""
 def luma_chroma(
     images_bhwc: UInt8[Array, "b h w 3"], stride: int
 ) -> Float[Array, "b r c n"]:
-    """Blocks of stride x stride pixels: luma of each, and the mean of two chromas.
+    """Blocks of stride x stride pixels: contrast of each, and means of luma and chroma.
 
-    As JPEG has it (BT.601, chroma subsampled): half the numbers of RGB where stride is
-    2, and none of the detail that letters have is lost. An image's mean is taken off,
-    so that letters are what stands out on any paper.
+    Contrast is by how much a pixel's luma is off the image's mean, up or down: letters
+    stand out alike on dark and on light paper. Chroma is subsampled as in JPEG, and so
+    is luma (BT.601): which of letters and paper is darker, needs no detail.
     """
     b, h, w, _ = images_bhwc.shape
-    shape = (b, h // stride, stride, w // stride, stride, 3)
+    shape = (b, h // stride, stride, w // stride, stride)
     red, green, blue = jnp.moveaxis(images_bhwc.astype(jnp.float32) / 64, -1, 0)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     luma -= luma.mean((1, 2), keepdims=True)
-    blocks = luma.reshape(shape[:5]).swapaxes(2, 3).reshape(*shape[:2], shape[3], -1)
-    chroma = jnp.stack([blue - luma, red - luma], -1).reshape(shape[:5] + (2,))
-    return jnp.concatenate([blocks, chroma.mean((2, 4))], -1)
+    contrast = jnp.abs(luma).reshape(shape).swapaxes(2, 3)
+    coarse = jnp.stack([luma, blue - luma, red - luma], -1).reshape(*shape, 3)
+    fine = contrast.reshape(*contrast.shape[:3], stride * stride)
+    return jnp.concatenate([fine, coarse.mean((2, 4))], -1)
 
 
 def patches(blocks_brcn: Array, size: int) -> Array:
@@ -123,9 +127,10 @@ class PointerPolicy(nn.Module):
             distribution over nothing in particular: mask them.
         """
         d = self.config.width
-        read_bgl, cells_bgd, words_bld, context_bd = self._see(
+        read_bngl, cells_bgd, words_bld, context_bd = self._see(
             images_bhwc, instruction_bl
         )
+        n = read_bngl.shape[1]
         chosen, logps, entropies = [], [], []
 
         def take(place: int, logits_bn: Array, mask_bn: Array | None = None) -> Array:
@@ -143,10 +148,10 @@ class PointerPolicy(nn.Module):
         def point(state_bd: Array, name: str) -> Array:
             """Logits of the cells."""
             query_bd = Dense(d, name=f"{name}_place")(state_bd)
-            gate_bd = Dense(d, name=f"{name}_word")(state_bd)
+            gate_bnd = Dense(d * n, name=f"{name}_word")(state_bd).reshape(-1, n, d)
             scores_bg = jnp.einsum("bd,bgd->bg", query_bd, cells_bgd)
-            gates_bl = jnp.einsum("bd,bld->bl", gate_bd, words_bld)
-            read_bg = jnp.einsum("bl,bgl->bg", gates_bl, read_bgl)
+            gates_bnl = jnp.einsum("bnd,bld->bnl", gate_bnd, words_bld)
+            read_bg = jnp.einsum("bnl,bngl->bg", gates_bnl, read_bngl)
             return (scores_bg + read_bg) / d**0.5
 
         kind_b = take(0, Dense(self.kinds, scale=0.1, name="kind")(context_bd))
@@ -167,7 +172,7 @@ class PointerPolicy(nn.Module):
         return chosen, logps, entropies
 
     def _see(self, images_bhwc: Array, instruction_bl: Array) -> tuple[Array, ...]:
-        """What is written where, the cells, the words, and the whole."""
+        """What is written at, beside and above cells; these, the words, the whole."""
         c, d = self.config, self.config.width
         b, h, w, _ = images_bhwc.shape
         rows, columns, side = h // c.cell, w // c.cell, c.cell // c.stride
@@ -200,6 +205,12 @@ class PointerPolicy(nn.Module):
         cells_bgd += (row_rd[:, None] + column_cd[None]).reshape(1, -1, d)
         cells_bgd += jnp.einsum("bgl,bld->bgd", shown_bgl, said_bld)
 
+        # Words: what it looks like where they are written.
+        near_bgd = around(nn.relu(Dense(d, name="near")(cells_bgd)), rows, columns)
+        there_bgl = jax.nn.softmax(read_bgl, 1)
+        found_bld = jnp.einsum("bgl,bgd->bld", there_bgl, near_bgd)
+        words_bld += Dense(d, name="found")(found_bld)
+
         # The whole: a token that asks, the words, and cells pooled to fewer.
         ask_1d: Any = self.param("ask", normal, (1, d))
         ask_b1d = jnp.broadcast_to(ask_1d[None], (b, 1, d))
@@ -211,7 +222,7 @@ class PointerPolicy(nn.Module):
         cells_bgd += unpool(around_bpd, rows, columns, c.pool)
         cells_bgd = Mix(d, name="cells")(cells_bgd)
         words_bld = words_bld * real_bl[..., None]
-        return read_bgl, cells_bgd, words_bld, x_btd[:, 0]
+        return aligned(read_bgl, rows, columns), cells_bgd, words_bld, x_btd[:, 0]
 
     def _words(self, instruction_bl: Array) -> tuple[Array, Array]:
         """Words, and words where they stand: [b, l, d] both."""
@@ -255,6 +266,29 @@ class Mix(nn.Module):
         """Of the last dimension."""
         y = gpt.RMSNorm(1e-5, name="norm")(x)
         return x + nn.gelu(Dense(self.features, name="dense")(y))
+
+
+def aligned(
+    read_bgl: Float[Array, "b g l"], rows: int, columns: int
+) -> Float[Array, "b 3 g l"]:
+    """A word's best match at each cell, anywhere in its row, and in its column."""
+    b, g, words = read_bgl.shape
+    here = read_bgl.reshape(b, rows, columns, words)
+    ways = (here, here.max(2, keepdims=True), here.max(1, keepdims=True))
+    every = jnp.stack([jnp.broadcast_to(way, here.shape) for way in ways], 1)
+    return every.reshape(b, 3, g, words)
+
+
+def around(
+    cells_bgd: Float[Array, "b g d"], rows: int, columns: int
+) -> Float[Array, "b g d"]:
+    """Maximum over each cell and the eight around it, of what is positive."""
+    b, _, d = cells_bgd.shape
+    x = cells_bgd.reshape(b, rows, columns, d)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = jnp.maximum(jnp.maximum(x[:, :-2], x[:, 1:-1]), x[:, 2:])
+    x = jnp.maximum(jnp.maximum(x[:, :, :-2], x[:, :, 1:-1]), x[:, :, 2:])
+    return x.reshape(b, -1, d)
 
 
 def pool(

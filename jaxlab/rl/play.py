@@ -6,6 +6,7 @@ is for where neither is wanted.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any, NamedTuple
 
@@ -151,6 +152,45 @@ def demonstrate(
         if slot.steps and (ended or cut):
             expert = {"id": -1, "source": "oracle"}
             yield _finished(slot, observation, float(reward), cut, **expert)
+
+
+def demonstrations(
+    policy: Policy,
+    envs: Sequence[gymnasium.Env],
+    tasks: Sequence[str],
+    number: int,
+    seed: int,
+    limit: int,
+    below: int,
+) -> list[Trajectory]:
+    """Episodes to imitate: as many of each task, by the expert's middlemost choices.
+
+    Task after task, as to another page it is a longer way than to another episode; each
+    environment plays a part, on a thread of its own.
+
+    Args:
+        policy: whose tokens they are written in.
+        envs: with an `oracle_action`; which of them plays what, makes no difference.
+        tasks: of the episodes.
+        number: of episodes, all tasks together.
+        seed: of which seeds they have.
+        limit: actions of an episode, at most.
+        below: bound on their seeds.
+    """
+    drawn = seeds(seed, number, below)
+    jobs = [
+        Job(index, tasks[index * len(tasks) // number], drawn[index], limit=limit)
+        for index in range(number)
+    ]
+    ends = [number * part // len(envs) for part in range(len(envs) + 1)]
+    parts = [jobs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+    def play_part(env: gymnasium.Env, part: Sequence[Job]) -> list[Trajectory]:
+        return list(demonstrate(policy, env, part))
+
+    with ThreadPoolExecutor(len(envs)) as pool:
+        shown = pool.map(play_part, envs, parts)
+        return [one for part in shown for one in part]
 
 
 def seeds(seed: int, number: int, below: int) -> list[int]:

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,25 +114,27 @@ class Trainer:
     def _first(self) -> Any:
         """The state to start from: of fresh weights, or of such that have imitated."""
         from jaxlab.rl.learner import clone
-        from jaxlab.rl.play import Job, demonstrate, seeds
+        from jaxlab.rl.play import demonstrations
 
         run, cloning = self.run, self.run.cloning
         params = self.policy.init(self.key)
         if not cloning.updates:
             return self.learner.init(params)
         tasks, per_task = run.envs.tasks, run.curation.per_task
-        jobs = [
-            Job(i, tasks[i % len(tasks)], seed, limit=run.envs.max_steps)
-            for i, seed in enumerate(seeds(run.seed, cloning.episodes, TRAINING_SEEDS))
-        ]
-        env, shown = make_env(run.envs), []
+        line = f"the expert plays {cloning.episodes} episodes"
+        self.channel.send("line", {"line": line})
+        envs = [make_env(run.envs) for _ in range(run.envs.slots)]
+        limit, below = run.envs.max_steps, TRAINING_SEEDS
+        shown = demonstrations(
+            self.policy, envs, tasks, cloning.episodes, run.seed, limit, below
+        )
+        for env in envs:
+            env.close()
         wanted = dict.fromkeys(tasks, per_task if run.curation.experience else 0)
-        for one in demonstrate(self.policy, env, jobs, Random(run.seed)):
-            shown.append(one)
+        for one in shown:
             if one.reward > 0 and wanted[one.task]:
                 wanted[one.task] -= 1
                 self.store.add_experience(one, per_task)
-        env.close()
         self.channel.send("line", {"line": f"imitating {len(shown)} episodes"})
         updates = clone(cloning, self.policy, params, shown, run.seed)
         for number, (imitator, told) in enumerate(updates, 1):
