@@ -10,7 +10,7 @@ at a random moment of its first minute, and taken back at its slot's end or, of
 `supervised`, once the job has recovered. Arms:
 
 - `quiet`: with the supervisor, without faults. Its pace is what the others are
-  measured by.
+  measured by. `diagnoses` are its false alarms.
 - `supervised`: the same job with the faults.
 - `plain`: the same faults in the same order without C4. A launcher such as torchrun
   or SLURM: when a process ends it kills the others, and starts the job again from its
@@ -18,6 +18,8 @@ at a random moment of its first minute, and taken back at its slot's end or, of
   though, an operator comes: the fault is mended, and a job that stands is started
   again. So no fault costs it more than three minutes. JAX's own heartbeat is at its
   default.
+
+The arms may run at one time, each in a process with an `--out` of its own.
 
 `goodput`: steps that were done for the first time, a second, over the same of `quiet`.
 A line of the output is a slot of three minutes. Checkpoints are written every 200
@@ -188,10 +190,11 @@ def watched(job: Job, fault: str, chance: random.Random, end: float) -> dict[str
     return {"victim": victim._asdict()} | verdict(job.events(began), began)
 
 
-def quiet_slot(end: float) -> dict[str, Any]:
-    """Nothing happens."""
+def quiet_slot(job: Job, begin: float, end: float) -> dict[str, Any]:
+    """Nothing happens, and nothing should be found."""
     time.sleep(max(end - time.time(), 0))
-    return {}
+    found = [event["event"] for event in job.events(begin)].count("diagnosis")
+    return {"diagnoses": found}
 
 
 @contextlib.contextmanager
@@ -205,12 +208,13 @@ def arm(options: Options, hosts: Hosts, folder: Path) -> Iterator[Any]:
             def with_c4(index: int, begin: float) -> dict[str, Any]:
                 end = begin + options.slot
                 if options.arm == "quiet":
-                    return quiet_slot(end)
+                    return quiet_slot(job, begin, end)
                 fault, delay = todo[index]
                 time.sleep(max(begin + delay - time.time(), 0))
                 chance = random.Random(f"{options.seed} {index}")
                 row = {"fault": fault} | watched(job, fault, chance, end)
-                return row | quiet_slot(end)
+                time.sleep(max(end - time.time(), 0))
+                return row
 
             yield job, with_c4
         return

@@ -36,7 +36,7 @@ def config() -> RLRun:
         out="runs/gui_miniwob",
         steps=100,
         groups=8,
-        policy=GuiPolicy(cell=5, stride=5, patch=20, pool=4),
+        policy=GuiPolicy(cell=10, stride=5, patch=20),
         envs=Envs(id="jaxlab/MiniWoB-v0", tasks=TASKS, hosts=1, slots=4, max_steps=10),
         cloning=Cloning(updates=1500, batch=64, episodes=1600),
         objective=Objective(beta=0.01, passes=2),
