@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.rl.config import TinyPolicy
+from jaxlab.rl.envs.api import Crash
 from jaxlab.rl.envs.pix import PixEnv, advance, start
 from jaxlab.rl.play import Job, demonstrate, demonstrations, play, seeds, wilson
 from jaxlab.rl.trajectory import Trajectory
@@ -104,6 +105,29 @@ def test_demonstrations_do_not_depend_on_who_plays_them():
     assert all(same(a, b) for a, b in zip(one, four, strict=True))
     assert [a.task for a in one] == ["click"] * 7 + ["color"] * 7 + ["check"] * 6
     assert [a.seed for a in one] == seeds(3, 20, 1000)
+
+
+def test_what_crashes_or_was_not_begun_is_not_shown():
+    class Fragile(PixEnv):
+        def reset(self, *, seed=None, options=None):
+            if seed % 3 == 0:
+                raise Crash("the page died")
+            return super().reset(seed=seed, options=options)
+
+    policy, drawn = setup()[0], seeds(0, 12, 100)
+    told = {"seed": 0, "limit": 9, "below": 100}
+    shown = demonstrations(policy, [Fragile("color")], ("color",), 12, **told)
+    assert [one.seed for one in shown] == [seed for seed in drawn if seed % 3]
+    asked = iter([False] * 5)
+    few = demonstrations(
+        policy,
+        [PixEnv("color")],
+        ("color",),
+        12,
+        **told,
+        stopped=lambda: next(asked, True),
+    )
+    assert [one.seed for one in few] == drawn[:5]
 
 
 def test_seeds_differ_and_repeat():

@@ -4,6 +4,7 @@ The asynchronous parts (`jaxlab.rl.launch`) do the same with processes and fault
 is for where neither is wanted.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.rl.envs.api import Action, parse_action
+from jaxlab.rl.envs.api import Action, Crash, parse_action
 from jaxlab.rl.policy import Policy
 from jaxlab.rl.trajectory import Step, Trajectory, assemble
 
@@ -131,27 +132,40 @@ def demonstrate(
         rng: of the expert's choices among equally good places; None: the middle.
 
     Yields:
-        those that come to an end within their limit, whatever the reward.
+        those that come to an end within their limit, whatever the reward; not those
+        whose environment crashed.
     """
-    words = int(env.action_space["token"].n)  # pyright: ignore
     for job in jobs:
-        observation, _ = env.reset(seed=job.seed, options={"task": job.task})
-        slot, ended, cut, reward = Acting(job, observation, []), False, False, 0.0
-        while not (ended or cut) and len(slot.steps) < job.limit:
-            wanted = env.unwrapped.oracle_action(rng)  # pyright: ignore
-            if wanted is None:
-                break
-            action, _ = parse_action(wanted, words)
-            tokens = policy.tokens(action)
-            unknown = np.full(len(tokens), np.nan, np.float32)
-            image = slot.observation["image"]
-            slot.steps.append(Step(image, tokens, unknown, unknown, -1))
-            said: Action = policy.action(tokens)
-            observation, reward, ended, cut, _ = env.step(said.to_dict())
-            slot = slot._replace(observation=observation)
-        if slot.steps and (ended or cut):
-            expert = {"id": -1, "source": "oracle"}
-            yield _finished(slot, observation, float(reward), cut, **expert)
+        try:
+            shown = _shown(policy, env, job, rng)
+        except Crash:
+            continue
+        if shown is not None:
+            yield shown
+
+
+def _shown(
+    policy: Policy, env: gymnasium.Env, job: Job, rng: Random | None
+) -> Trajectory | None:
+    """An episode of the expert; None: it saw nothing to do, or had not ended."""
+    words = int(env.action_space["token"].n)  # pyright: ignore
+    observation, _ = env.reset(seed=job.seed, options={"task": job.task})
+    slot, ended, cut, reward = Acting(job, observation, []), False, False, 0.0
+    while not (ended or cut) and len(slot.steps) < job.limit:
+        wanted = env.unwrapped.oracle_action(rng)  # pyright: ignore
+        if wanted is None:
+            break
+        action, _ = parse_action(wanted, words)
+        tokens = policy.tokens(action)
+        unknown = np.full(len(tokens), np.nan, np.float32)
+        image = slot.observation["image"]
+        slot.steps.append(Step(image, tokens, unknown, unknown, -1))
+        said: Action = policy.action(tokens)
+        observation, reward, ended, cut, _ = env.step(said.to_dict())
+        slot = slot._replace(observation=observation)
+    if not slot.steps or not (ended or cut):
+        return None
+    return _finished(slot, observation, float(reward), cut, id=-1, source="oracle")
 
 
 def demonstrations(
@@ -162,6 +176,7 @@ def demonstrations(
     seed: int,
     limit: int,
     below: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Trajectory]:
     """Episodes to imitate: as many of each task, by the expert's middlemost choices.
 
@@ -176,6 +191,7 @@ def demonstrations(
         seed: of which seeds they have.
         limit: actions of an episode, at most.
         below: bound on their seeds.
+        stopped: asked before each; True: no further one is begun.
     """
     drawn = seeds(seed, number, below)
     jobs = [
@@ -186,7 +202,8 @@ def demonstrations(
     parts = [jobs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
     def play_part(env: gymnasium.Env, part: Sequence[Job]) -> list[Trajectory]:
-        return list(demonstrate(policy, env, part))
+        going = itertools.takewhile(lambda _: not stopped(), part)
+        return list(demonstrate(policy, env, going))
 
     with ThreadPoolExecutor(len(envs)) as pool:
         shown = pool.map(play_part, envs, parts)

@@ -124,12 +124,20 @@ class Trainer:
         line = f"the expert plays {cloning.episodes} episodes"
         self.channel.send("line", {"line": line})
         envs = [make_env(run.envs) for _ in range(run.envs.slots)]
-        limit, below = run.envs.max_steps, TRAINING_SEEDS
         shown = demonstrations(
-            self.policy, envs, tasks, cloning.episodes, run.seed, limit, below
+            self.policy,
+            envs,
+            tasks,
+            cloning.episodes,
+            run.seed,
+            limit=run.envs.max_steps,
+            below=TRAINING_SEEDS,
+            stopped=self.stopping.is_set,
         )
         for env in envs:
             env.close()
+        if self.stopping.is_set():
+            raise SystemExit  # nothing is saved: the next start shows them anew
         wanted = dict.fromkeys(tasks, per_task if run.curation.experience else 0)
         for one in shown:
             if one.reward > 0 and wanted[one.task]:
