@@ -7,7 +7,7 @@ has the figures of this config, and its controls.
 """
 
 from jaxlab.optimizers import AdamW
-from jaxlab.rl.config import Cloning, Envs, GuiPolicy, Objective, RLRun
+from jaxlab.rl.config import Cloning, Curation, Envs, GuiPolicy, Objective, RLRun
 
 
 def config() -> RLRun:
@@ -19,6 +19,7 @@ def config() -> RLRun:
         policy=GuiPolicy(),
         envs=Envs(tasks=("click", "check", "enter"), max_steps=12),
         cloning=Cloning(updates=2000, batch=32, episodes=6000),
+        curation=Curation(max_rejected=32),
         objective=Objective(beta=0.01, passes=2),
         optimizer=AdamW(lr=3e-4, weight_decay=0.0, schedule="constant", warmup=5),
     )

@@ -48,6 +48,7 @@ def changed(**fields) -> RLRun:
         (changed(curation=Curation(n_max=1)), "n_max 1 is less"),
         (changed(curation=Curation(n_min=1)), "nothing to compare"),
         (changed(curation=Curation(entropy_quantile=2.0)), "between 0 and 1"),
+        (changed(curation=Curation(max_rejected=0)), "max_rejected is 0"),
         (changed(store="mysql://x"), "postgresql://"),
         (changed(ray_address="auto"), "without --engine ray"),
         (changed(ray_address="auto", engine="ray"), "may span hosts"),

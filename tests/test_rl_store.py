@@ -150,6 +150,22 @@ def test_what_ran_when_the_coordinator_died_is_queued_and_may_still_arrive(store
     assert store.queued() == [second]
 
 
+def test_fewer_groups_are_leased_where_they_will_do(store):
+    for rewards in ((1.0, 1.0), (0.0, 1.0), (1.0, 1.0)):
+        for ticket, reward in zip(add(store), rewards, strict=True):
+            finish(store, ticket, reward=reward)
+
+    def differ(group, task, rewards, pool):
+        return Choice(len(set(rewards)) > 1)
+
+    assert lease(store, 2, choose=differ) is None
+    assert counts(store) == {"READY": 1, "REJECTED": 2}
+    assert lease(store, 2, choose=differ, least=2) is None
+    taken = lease(store, 2, choose=differ, least=1)
+    assert [m.reward for m in taken.groups[0]] == [0.0, 1.0]
+    assert lease(store, 2, choose=differ, least=1) is None
+
+
 def test_old_steps_are_not_leased(store):
     add_done(store, version=3)
     mixed = add(store)

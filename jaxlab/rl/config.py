@@ -132,6 +132,9 @@ class Curation:
     """C of truncated importance sampling; None: no weights"""
     keep_uninformative: bool = False
     """train groups of equal rewards too, which have no advantage (but a KL)"""
+    max_rejected: int | None = None
+    """groups of equal rewards after which an update takes what others there are, at
+    least one, instead of waiting for all; None: it waits"""
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,11 @@ def validate(run: RLRun) -> None:
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise ConfigError(f"{name} is {value}, and must be at least {smallest}")
+    most = run.curation.max_rejected
+    if most is not None and most < 1:
+        raise ConfigError(
+            f"curation.max_rejected is {most}, and must be at least 1, or None"
+        )
     for name, share in (
         ("curation.probe_share", run.curation.probe_share),
         ("curation.entropy_quantile", run.curation.entropy_quantile),

@@ -227,6 +227,7 @@ class Store:
         consumer: str,
         seconds: float = 60.0,
         smallest: int = 2,
+        least: int | None = None,
     ) -> Lease | None:
         """Takes groups to train, oldest first; all `count` of them, or none.
 
@@ -240,6 +241,7 @@ class Store:
             consumer: the learner's name.
             seconds: until the lease expires unless renewed.
             smallest: trajectories that a group needs.
+            least: groups that will do where `count` are not there; None: no fewer.
         """
         with self.database.transaction() as t:
             self._expire(t)
@@ -274,7 +276,7 @@ class Store:
                         continue
                     state = "REJECTED"
                 t.run("UPDATE grouping SET state = ? WHERE id = ?", state, group)
-            if len(chosen) < count:
+            if len(chosen) < (count if least is None else least):
                 return None
             [(lease,)] = t.all(
                 "INSERT INTO lease (consumer, version, expires, state, created)"

@@ -19,7 +19,7 @@ from jaxlab.rl.cluster import heartbeats, make_env
 from jaxlab.rl.config import RLRun
 from jaxlab.rl.rollout import TRAINING_SEEDS, chooser
 from jaxlab.rl.store import Store
-from jaxlab.rl.tables import Member
+from jaxlab.rl.tables import Choice, Member
 from jaxlab.rl.trajectory import collate, padded_size
 from jaxlab.rl.weights import prune, save_weights
 
@@ -158,8 +158,17 @@ class Trainer:
 
     def _update(self) -> None:
         """One update, once there are enough groups."""
-        run, begin = self.run, time.monotonic()
+        run, begin, rejected = self.run, time.monotonic(), 0
+        most = run.curation.max_rejected
         smallest = 1 if run.curation.keep_uninformative else 2
+        choose = chooser(run.curation, self.version, run.seed)
+
+        def counted(*group: Any) -> Choice:
+            nonlocal rejected
+            choice = choose(*group)
+            rejected += not choice.keep
+            return choice
+
         lease = None
         while lease is None:
             if self.stopping.is_set():
@@ -168,9 +177,10 @@ class Trainer:
                 run.groups,
                 self.version,
                 run.rollout.max_lag,
-                chooser(run.curation, self.version, run.seed),
+                counted,
                 consumer=CONSUMER,
                 smallest=smallest,
+                least=1 if most is not None and rejected >= most else None,
             )
             if lease is None:
                 time.sleep(0.02)
@@ -199,6 +209,7 @@ class Trainer:
                 "trajectories": len(entries),
                 "injected": len(entries) - len(own),
                 "reward": float(np.mean([one.reward for one in own])),
+                "rejected": rejected,
                 "wait_seconds": waited,
                 "update_seconds": time.monotonic() - begin - waited,
             },
