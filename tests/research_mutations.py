@@ -141,6 +141,8 @@ def rehash(folder: Path) -> None:
         row = json.loads(line)
         data = row["data"]
         for ref in data.get("refs", []):
+            if not isinstance(ref, dict):  # of a note: a path
+                continue
             if ref.get("kind") == "file" and (folder / ref["id"]).exists():
                 ref["sha256"] = sha(folder / ref["id"])
         if row["kind"] == "run_end":
