@@ -27,7 +27,9 @@ def show(policy: Policy, run: RLRun) -> list[Trajectory]:
     """The expert's episodes of a run."""
     tasks, number, limit = run.envs.tasks, run.cloning.episodes, run.envs.max_steps
     envs = make(run, run.envs.slots)
-    shown = demonstrations(policy, envs, tasks, number, run.seed, limit, TRAINING_SEEDS)
+    shown = list(
+        demonstrations(policy, envs, tasks, number, run.seed, limit, TRAINING_SEEDS)
+    )
     for env in envs:
         env.close()
     return shown

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from random import Random
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ import numpy as np
 from jaxlab.rl.envs.api import Action, Crash, parse_action
 from jaxlab.rl.policy import Policy
 from jaxlab.rl.trajectory import Step, Trajectory, assemble
+
+PART = 20
+"""demonstrations that an environment plays at a stretch"""
 
 
 class Job(NamedTuple):
@@ -177,11 +181,11 @@ def demonstrations(
     limit: int,
     below: int,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[Trajectory]:
+) -> Iterator[Trajectory]:
     """Episodes to imitate: as many of each task, by the expert's middlemost choices.
 
-    Task after task, as to another page it is a longer way than to another episode; each
-    environment plays a part, on a thread of its own.
+    Task after task, as to another page it is a longer way than to another episode. The
+    environments play side by side, on a thread each, whatever comes next.
 
     Args:
         policy: whose tokens they are written in.
@@ -198,16 +202,22 @@ def demonstrations(
         Job(index, tasks[index * len(tasks) // number], drawn[index], limit=limit)
         for index in range(number)
     ]
-    ends = [number * part // len(envs) for part in range(len(envs) + 1)]
-    parts = [jobs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [jobs[start : start + PART] for start in range(0, number, PART)]
+    free: SimpleQueue[gymnasium.Env] = SimpleQueue()
+    for env in envs:
+        free.put(env)
 
-    def play_part(env: gymnasium.Env, part: Sequence[Job]) -> list[Trajectory]:
+    def play_part(part: Sequence[Job]) -> list[Trajectory]:
         going = itertools.takewhile(lambda _: not stopped(), part)
-        return list(demonstrate(policy, env, going))
+        env = free.get()
+        try:
+            return list(demonstrate(policy, env, going))
+        finally:
+            free.put(env)
 
     with ThreadPoolExecutor(len(envs)) as pool:
-        shown = pool.map(play_part, envs, parts)
-        return [one for part in shown for one in part]
+        for shown in pool.map(play_part, parts):
+            yield from shown
 
 
 def seeds(seed: int, number: int, below: int) -> list[int]:

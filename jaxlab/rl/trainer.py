@@ -121,10 +121,9 @@ class Trainer:
         if not cloning.updates:
             return self.learner.init(params)
         tasks, per_task = run.envs.tasks, run.curation.per_task
-        line = f"the expert plays {cloning.episodes} episodes"
-        self.channel.send("line", {"line": line})
-        envs = [make_env(run.envs) for _ in range(run.envs.slots)]
-        shown = demonstrations(
+        envs, shown = [make_env(run.envs) for _ in range(run.envs.slots)], []
+        wanted = dict.fromkeys(tasks, per_task if run.curation.experience else 0)
+        for one in demonstrations(
             self.policy,
             envs,
             tasks,
@@ -133,16 +132,18 @@ class Trainer:
             limit=run.envs.max_steps,
             below=TRAINING_SEEDS,
             stopped=self.stopping.is_set,
-        )
+        ):
+            shown.append(one)
+            if one.reward > 0 and wanted[one.task]:
+                wanted[one.task] -= 1
+                self.store.add_experience(one, per_task)
+            if len(shown) % 1000 == 0 or len(shown) == 1:
+                line = f"expert: {len(shown)} of {cloning.episodes} episodes"
+                self.channel.send("line", {"line": line})
         for env in envs:
             env.close()
         if self.stopping.is_set():
             raise SystemExit  # nothing is saved: the next start shows them anew
-        wanted = dict.fromkeys(tasks, per_task if run.curation.experience else 0)
-        for one in shown:
-            if one.reward > 0 and wanted[one.task]:
-                wanted[one.task] -= 1
-                self.store.add_experience(one, per_task)
         self.channel.send("line", {"line": f"imitating {len(shown)} episodes"})
         updates = clone(cloning, self.policy, params, shown, run.seed)
         for number, (imitator, told) in enumerate(updates, 1):
