@@ -6,7 +6,8 @@ Each edit is one change to a copy of the workspace: a digit of the PDF's text, o
 manuscript, its sources or the metrics, a field of a fact, of a plan, a result, a figure
 or the journal. Half of the edits of source, PDF, metrics and facts are made by a hand
 that also rewrites results and journal, so that every hash fits; only computing all
-anew finds those. A metric before the last of its run enters no fact but figures.
+anew finds those. `outcome` is a metric that a plan is judged by, at a run's end; most
+of `metrics` are others, which enter no fact.
 """
 
 import argparse
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from jaxlab.research import verify  # noqa: E402
 from tests.research_mutations import KINDS, mutations, rehash  # noqa: E402
 
-COVERED = ("source", "pdf", "metrics", "fact")
+COVERED = ("source", "pdf", "metrics", "outcome", "fact")
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--edits", type=int, default=240)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     given = parser.parse_args()
     before = verify.verify(given.workspace)
     if not before.ok:
@@ -41,12 +43,12 @@ def main() -> None:
     made: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     missed, by_gate, start = [], collections.Counter(), time.perf_counter()
     for number in range(given.edits):
-        draw, kind = random.Random(number), KINDS[number % len(KINDS)]
+        draw, kind = random.Random(number), given.kinds[number % len(given.kinds)]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "ws"
             shutil.copytree(given.workspace, folder)
             _, what = mutations(folder, draw, kind)
-            hidden = kind in COVERED and number // len(KINDS) % 2 == 1
+            hidden = kind in COVERED and number // len(given.kinds) % 2 == 1
             if hidden:
                 rehash(folder)
             report = verify.verify(folder)

@@ -1,8 +1,8 @@
 """Random edits of a finished study, one at a time, as a careless or a lying hand makes.
 
 Kinds: source (paper.json, main.typ, main.tex), pdf (a digit in the text of paper.pdf),
-metrics (a digit of metrics.jsonl), fact (a field of the ledger), figure, result, plan,
-journal.
+metrics (a digit of metrics.jsonl), outcome (a digit of a plan's metric there), fact (a
+field of the ledger), figure, result, plan, journal.
 """
 
 import hashlib
@@ -12,7 +12,10 @@ from pathlib import Path
 
 from jaxlab.research.journal import Event, canonical, digest
 
-KINDS = ("source", "pdf", "metrics", "fact", "figure", "result", "plan", "journal")
+KINDS = (
+    *("source", "pdf", "metrics", "outcome", "fact"),
+    *("figure", "result", "plan", "journal"),
+)
 
 
 def mutations(folder: Path, draw, kind: str | None = None) -> tuple[str, str]:
@@ -26,6 +29,8 @@ def mutations(folder: Path, draw, kind: str | None = None) -> tuple[str, str]:
         return kind, edit_pdf(folder, draw)
     if kind == "fact":
         return kind, edit_fact(folder, draw)
+    if kind == "outcome":
+        return kind, edit_outcome(folder, draw)
     paths = {
         "source": ["paper/paper.json", "paper/main.typ", "paper/main.tex"],
         "metrics": sorted(folder.glob("runs/*/metrics.jsonl")),
@@ -58,6 +63,21 @@ def edit_text(path: Path, draw) -> str:
         changed, what = text[:at] + number + text[at:], f"typed {number!r}"
     path.write_text(changed)
     return what
+
+
+def edit_outcome(folder: Path, draw) -> str:
+    """Changes a digit of the metric of a plan in the last row of a run that has it."""
+    plan = json.loads(draw.choice(sorted(folder.glob("plans/*.json"))).read_text())
+    planned = {run for runs in plan["runs"].values() for run in runs}
+    every = sorted(folder.glob("runs/*/metrics.jsonl"))
+    path = draw.choice([path for path in every if path.parent.name in planned])
+    text, name = path.read_text(), json.dumps(plan["metric"]) + ": "
+    start = text.rindex(name) + len(name)
+    digits = [m.start() for m in re.finditer(r"\d", text[start : start + 12])]
+    at = start + draw.choice(digits)
+    new = draw.choice([d for d in "0123456789" if d != text[at]])
+    path.write_text(text[:at] + new + text[at + 1 :])
+    return f"{path.parent.name}: {text[start : start + 12]}, at {at - start}: {new}"
 
 
 def edit_fact(folder: Path, draw) -> str:
