@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pydantic_ai", reason="pydantic_ai not installed")
-
 from jaxlab.errors import ConfigError
 from jaxlab.research.driver import Settings
 from jaxlab.research.journal import read_journal

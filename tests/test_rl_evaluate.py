@@ -200,7 +200,6 @@ def test_actions_in_browsergyms_words():
 
 
 def test_browsergym_absent_says_what_to_install():
-    pytest.importorskip("gymnasium")
     with pytest.raises(UserError, match="pip install jaxlab browsergym-nothing"):
         BrowserGymEnv("browsergym/nothing.task")
 

@@ -409,8 +409,8 @@ def test_a_killed_process_leaves_nothing_half_done(address, tmp_path):
 # ------------------------------------------------------------------ errors
 
 
+@pytest.mark.requires("psycopg")
 def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path):
-    pytest.importorskip("psycopg")
     address = "postgresql://me:secret@127.0.0.1:1/db"
     with pytest.raises(UserError, match="me:\\.\\.\\.@127.0.0.1") as caught:
         Store(tmp_path, address)
