@@ -122,7 +122,6 @@ def demonstrate(
     policy: Policy,
     env: gymnasium.Env,
     jobs: Iterable[Job],
-    rng: Random | None = None,
 ) -> Iterator[Trajectory]:
     """Episodes of the environment's own expert, as the policy would have acted them.
 
@@ -133,7 +132,6 @@ def demonstrate(
         policy: whose tokens they are written in.
         env: with an `oracle_action`.
         jobs: the episodes.
-        rng: of the expert's choices among equally good places; None: the middle.
 
     Yields:
         those that come to an end within their limit, whatever the reward; not those
@@ -141,22 +139,20 @@ def demonstrate(
     """
     for job in jobs:
         try:
-            shown = _shown(policy, env, job, rng)
+            shown = _shown(policy, env, job)
         except Crash:
             continue
         if shown is not None:
             yield shown
 
 
-def _shown(
-    policy: Policy, env: gymnasium.Env, job: Job, rng: Random | None
-) -> Trajectory | None:
+def _shown(policy: Policy, env: gymnasium.Env, job: Job) -> Trajectory | None:
     """An episode of the expert; None: it saw nothing to do, or had not ended."""
     words = int(env.action_space["token"].n)  # pyright: ignore
     observation, _ = env.reset(seed=job.seed, options={"task": job.task})
     slot, ended, cut, reward = Acting(job, observation, []), False, False, 0.0
     while not (ended or cut) and len(slot.steps) < job.limit:
-        wanted = env.unwrapped.oracle_action(rng)  # pyright: ignore
+        wanted = env.unwrapped.oracle_action()  # pyright: ignore
         if wanted is None:
             break
         action, _ = parse_action(wanted, words)
