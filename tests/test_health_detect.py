@@ -308,12 +308,14 @@ def reference_align(logs):
     rows = {}
     for rank, log in enumerate(logs):
         before = -math.inf
-        for number, start, enter, leave, phase in log:
+        for number, start, enter, leave, phase, paused in log:
             begin = max(start, before)
             arrive = max(enter, begin)
             before = leave
             if phase == Phase.STEP and enter >= start and leave >= arrive:
-                rows.setdefault(number, {})[rank] = (arrive - begin, leave - arrive)
+                held = min(paused, leave - arrive)
+                cell = arrive - begin + held, leave - arrive - held
+                rows.setdefault(number, {})[rank] = cell
     out = {}
     for number, cells in sorted(rows.items()):
         if len(cells) == len(logs):
@@ -332,7 +334,8 @@ def random_logs(rng, n, steps, first=3):
             enter = start + rng.exponential(0.03)
             clock = max(enter, clock) + rng.exponential(0.02)
             phase = Phase.STEP if rng.random() < 0.9 else Phase.OTHER
-            log.append(RankSample(number, start, enter, clock, phase))
+            paused = rng.choice([0.0, 0.01])
+            log.append(RankSample(number, start, enter, clock, phase, paused))
         logs.append(log)
     return logs
 
@@ -354,7 +357,7 @@ def test_align_is_the_plain_loop(n):
 
 def test_align_ignores_the_clocks_and_what_is_garbled():
     log = [RankSample(t, 10.0 * t, 10.0 * t + 3, 10.0 * t + 5) for t in range(8)]
-    other = [RankSample(t, a + 77, b + 77, c + 77, p) for t, a, b, c, p in log[2:]]
+    other = [RankSample(t, a + 77, b + 77, c + 77, *d) for t, a, b, c, *d in log[2:]]
     other[1] = RankSample(3, 5.0, 4.0, 6.0)  # enters before it starts
     other[2] = RankSample(4, 1.0, math.nan, 6.0)
     other.append(RankSample(5, 0.0, 7.0, 9.0))  # recorded again: the last counts
@@ -376,6 +379,18 @@ def test_work_dispatched_early_waits_for_others():
     window = align([log])
     np.testing.assert_array_equal(window.local[:, 0], [1, 1])
     np.testing.assert_array_equal(window.wait[:, 0], [4, 2])
+
+
+def test_pauses_inside_the_collective_are_the_ranks_own():
+    """The others wait for them as for its work; more than it was inside cannot be."""
+    log = [RankSample(0, 0, 1, 5), RankSample(1, 5, 6, 10), RankSample(2, 10, 11, 15)]
+    pauses = 3.0, 0.0, 9.0
+    held = [s._replace(paused=p) for s, p in zip(log, pauses, strict=True)]
+    window = align([log, held, [*held[:1], held[1]._replace(paused=-1.0), held[2]]])
+    assert window.number is not None and window.number.tolist() == [0, 2]
+    np.testing.assert_array_equal(window.local, [[1, 4, 4], [1, 5, 5]])
+    np.testing.assert_array_equal(window.wait, [[4, 1, 1], [4, 0, 0]])
+    np.testing.assert_array_equal(window.step, [5, 5])
 
 
 def test_align_of_nothing():

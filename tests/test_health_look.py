@@ -77,6 +77,13 @@ def test_communication_that_has_grown_blames_no_rank(before, times):
     assert 0.5 <= found.confidence <= 1
 
 
+def test_who_waits_for_a_late_message_seems_to_work_longer_and_is_not_blamed():
+    """As two of four ranks did whose neighbours' link carried a tenth."""
+    before = profile(np.full(4, 0.04), 0.02)
+    now = grown(before, np.array([0, 0.018, 0, 0.018]), 0.03)
+    assert compare(before, now)[:2] == (Kind.COMM_SLOW, ())
+
+
 @given(HEALTHY, st.integers(0, 11), st.floats(1.0, 20.0), st.floats(0.6, 1.0))
 def test_a_rank_that_is_held_back_is_to_blame_for_late_collectives(
     before, rank, times, share

@@ -79,6 +79,40 @@ def test_a_sample_has_its_times(recorder, clock):
     assert state.progress == 103.0
 
 
+def test_a_sample_has_the_time_for_which_the_process_was_stopped(tmp_path):
+    """Inside, in one step of two: by signals to another process, as a quota does it."""
+    program = (
+        "import sys; from jaxlab.health.record import Recorder\n"
+        "recorder = Recorder(sys.argv[1], 0)\n"
+        "for step in range(2):\n"
+        "    recorder.step(step); recorder.enter(); print(flush=True)\n"
+        "    input(); recorder.exit()\n"
+        "print(flush=True); input()"
+    )
+    path = tmp_path / "board"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(words, **pipes) as process:
+        assert process.stdin and process.stdout
+        stopped = [0.0, 0.0]
+        for step in range(2):
+            process.stdout.readline()
+            begin = time.monotonic()
+            for _ in range(5 * step):
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(0.2)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.02)
+            stopped[step] = (time.monotonic() - begin) * step
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.stdout.readline()
+        calm, held = read_board(path, since=0).samples
+        process.communicate("\n")
+    assert calm.paused <= calm.t_exit - calm.t_enter
+    assert 0.7 * stopped[1] < held.paused <= held.t_exit - held.t_enter
+
+
 def test_a_phase_is_no_time_of_a_step(recorder, clock):
     recorder.step(0)
     with recorder.phase(Phase.EVALUATION):
@@ -213,11 +247,11 @@ def test_a_garbled_header_is_refused(recorder, at):
         (
             lambda b: (
                 board._sealed(
-                    board._HEADER, board.MAGIC, 2, *struct.unpack("<IIIQ", b[12:32])
+                    board._HEADER, board.MAGIC, 3, *struct.unpack("<IIIQ", b[12:32])
                 )
                 + b[36:]
             ),
-            "version 2, not 1",
+            "version 3, not 2",
         ),
     ],
 )
@@ -261,7 +295,7 @@ def test_a_board_of_an_earlier_process_does_not_count(recorder, tmp_path):
         # The same number, given to a later process: the board's own one is dead.
         data = bytearray(recorder.path.read_bytes())
         header = board._sealed(
-            board._HEADER, board.MAGIC, 1, 3, child.pid, recorder.ring, 1
+            board._HEADER, board.MAGIC, board.VERSION, 3, child.pid, recorder.ring, 1
         )
         data[: len(header)] = header
         other = tmp_path / "other"

@@ -43,7 +43,7 @@ ROW = {
     "exit_seq": 8,
     "phase": int(Phase.STEP),
     "step": 8,
-    "samples": [[7, 10.0, 10.5, 11.0, int(Phase.STEP)]],
+    "samples": [[7, 10.0, 10.5, 11.0, int(Phase.STEP), 0.25]],
 }
 
 # What `json.loads` makes of any text: it knows Infinity, NaN and whole numbers of any
@@ -93,7 +93,7 @@ def test_a_row_is_read_with_ages_as_times():
     kept, samples = reports.read_row(ROW, 100.0)
     assert kept["heartbeat"] == 99.75 and kept["progress"] == 98.5
     assert kept["pid"] == 77 and kept["code"] is None and kept["told"] == 100.0
-    assert samples == [RankSample(7, 10.0, 10.5, 11.0, Phase.STEP)]
+    assert samples == [RankSample(7, 10.0, 10.5, 11.0, Phase.STEP, 0.25)]
     before = {name: ROW[name] for name in ("rank", "pid", "code", "stopped")}
     kept, samples = reports.read_row(before | {"code": -9}, 100.0)
     assert kept["code"] == -9 and "heartbeat" not in kept and samples == []
@@ -128,8 +128,9 @@ def test_any_hello_is_read_or_refused(message):
 @example(ROW | {"step": math.inf})
 @example(ROW | {"step": 10**30})
 @example(ROW | {"heartbeat": 10**400})
-@example(ROW | {"samples": [[10**400, 0, 0, 0, 1]]})
-@example(ROW | {"samples": [[1, 0, 0, 0, 10**400]]})
+@example(ROW | {"samples": [[10**400, 0, 0, 0, 1, 0]]})
+@example(ROW | {"samples": [[1, 0, 0, 0, 10**400, 0]]})
+@example(ROW | {"samples": [[1, 0, 0, 0, 1, 10**400]]})
 def test_any_row_is_refused_or_harmless(row):
     """What is read makes a board and a window, and those a diagnosis."""
     row = json.loads(json.dumps(row))

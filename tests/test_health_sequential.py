@@ -171,6 +171,37 @@ def test_the_rate_at_the_edge_of_the_null_hypothesis():
     assert 0 < starts <= stated, (starts, stated)
 
 
+def test_the_rate_where_the_chain_runs_in_time_and_steps_end_when_it_is_over():
+    """As above, where a run of unusual blocks is one long step."""
+    cfg = DetectConfig(false_alarms_per_hour=20.0, block=0.5)
+    rng = np.random.default_rng(1)
+    runs = np.zeros((4000, 3), int)
+    where = rng.random(runs.shape) < cfg.chance
+    runs[where] = rng.geometric(1 - cfg.persistence, where.sum())
+    baseline = baseline_of(3, cfg, np.full((400, 3), 0.4))
+    diagnoses, state, seconds = [], init_slow(3, cfg), 0.0
+    for t, run in enumerate(runs):
+        part = window(0.4 + 0.5 * run[None], first=1000 + t)
+        seconds += part.step[0]
+        state, found = update_slow(state, part, baseline, cfg)
+        diagnoses.append((t, found))
+    assert runs.max() >= 4
+    stated = cfg.false_alarms_per_hour * seconds / 3600
+    assert 0 < len(alarms(diagnoses)) <= stated
+
+
+@pytest.mark.parametrize("n, steps", [(2, 2), (4, 2), (64, 3), (4096, 3)])
+def test_steps_many_times_as_long_are_named_after_a_few_and_not_after_one(n, steps):
+    baseline, state = baseline_of(n, local=np.full((60, n), LOCAL)), init_slow(n)
+    seen = []
+    for t in range(steps):
+        long = np.full((1, n), LOCAL)
+        long[:, 1] += 1000.0 if t == 0 else 3.0
+        state, found = update_slow(state, window(long, first=1000 + t), baseline)
+        seen.append(found[:2])
+    assert seen == [(Kind.HEALTHY, ())] * (steps - 1) + [(Kind.NONCOMM_SLOW, (1,))]
+
+
 @pytest.mark.parametrize("kind", NOISES)
 def test_false_alarms_are_at_most_the_stated_rate(kind):
     cfg = DetectConfig(false_alarms_per_hour=4.0)

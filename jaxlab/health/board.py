@@ -22,10 +22,10 @@ import numpy as np
 from jaxlab.errors import UserError
 from jaxlab.health.detect import Board, Phase, RankSample
 
-MAGIC, VERSION = b"JLBOARD\n", 1
+MAGIC, VERSION = b"JLBOARD\n", 2
 _HEADER = struct.Struct("<8sIIIIQ")  # magic, version, rank, pid, ring, start of process
 _SLOT = struct.Struct("<QddQQqqQ")  # sequence, then the fields of `State`
-_ENTRY = struct.Struct("<Qqdddq")  # index, then the fields of `RankSample`
+_ENTRY = struct.Struct("<Qqdddqd")  # index, then the fields of `RankSample`
 _CRC = struct.Struct("<I")
 _SLOTS = (64, 192)  # offsets; 128 bytes each
 _RING, _STRIDE = 320, 64  # offset of the ring, bytes of an entry

@@ -112,6 +112,8 @@ class RankSample(NamedTuple):
     t_exit: float
     """the collective is left"""
     phase: int = Phase.STEP
+    paused: float = 0.0
+    """seconds inside the collective in which the process did not run at all"""
 
 
 class Board(NamedTuple):
@@ -140,9 +142,10 @@ class Window(NamedTuple):
 
     local: np.ndarray
     """float[T, n]: from the beginning of the local work to the collective; what begins
-    before the collective before has ended, counts from there"""
+    before the collective before has ended, counts from there. With it, pauses of the
+    process inside the collective: the others wait for those too"""
     wait: np.ndarray
-    """float[T, n]: in the collective"""
+    """float[T, n]: in the collective, less pauses"""
     pure_comm: np.ndarray
     """float[T]: the least wait, which is communication alone: the last rank to arrive
     waits for nobody"""
@@ -278,18 +281,19 @@ def align(
     n = 1 + max(rank for rank, _ in logs)
     rows = np.array(
         list(itertools.chain.from_iterable(log for _, log in logs)), np.float64
-    ).reshape(-1, 5)
+    ).reshape(-1, 6)
     rank = np.repeat([r for r, _ in logs], [len(log) for _, log in logs])
 
-    number, start, enter, leave, phase = rows.T
+    number, start, enter, leave, phase, paused = rows.T
     # Work dispatched before the collective before has ended waits for it: for others.
     before = np.full(len(rows), -np.inf)
     before[1:] = np.where(rank[1:] == rank[:-1], leave[:-1], -np.inf)
     begin = np.fmax(start, before)
     arrive = np.maximum(enter, begin)
-    local, wait = arrive - begin, leave - arrive
+    held = np.minimum(paused, leave - arrive)
+    local, wait = arrive - begin + held, leave - arrive - held
     good = np.isfinite(rows).all(1) & (phase == Phase.STEP)
-    good &= (enter >= start) & (wait >= 0)
+    good &= (enter >= start) & (leave >= arrive) & (paused >= 0)
     kept = np.flatnonzero(good)
     # Sorted by rank and number, the last recorded first: that is the one kept.
     kept = kept[np.lexsort((-kept, number[kept], rank[kept]))]

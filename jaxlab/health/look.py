@@ -215,9 +215,10 @@ def compare(before: Times, now: Times) -> Diagnosis:
 
     A rank is to blame if the time that its process did not run has grown, beyond what
     the others' has, by at least half of what the step has: it is late in its part of
-    the collectives, and that looks like slow communication. If there is none, a rank is
-    whose own work has grown so. Else the communication is, if it has grown by half.
-    Medians over steps.
+    the collectives, and that looks like slow communication. If there is none, the
+    communication is, if it has grown by half: who waits for a late message begins its
+    own work late, which looks like more of it. Else a rank is whose own work has grown
+    so. Medians over steps.
 
     Args:
         before: healthy, one column a rank.
@@ -227,32 +228,36 @@ def compare(before: Times, now: Times) -> Diagnosis:
     def median(x):
         return np.median(np.asarray(x, float), axis=0)
 
-    def beyond_others(grown):
-        if len(grown) < 2:
-            return grown
-        return grown - [np.median(np.delete(grown, i)) for i in range(len(grown))]
-
     step = float(np.median(median(before.step)))
     longer = float(np.median(median(now.step))) - step
+    text = f"steps have become {longer * 1e3:.3g} ms longer"
+
+    def blamed(cause, before, now):
+        """The ranks of which this has grown, beyond what the others' has."""
+        own = median(now) - median(before)
+        if len(own) > 1:
+            own = own - [np.median(np.delete(own, i)) for i in range(len(own))]
+        ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
+        if not ranks:
+            return None
+        most = float(own[list(ranks)].max())
+        words = f"{text}, and by {most * 1e3:.3g} ms the {cause} of rank {few(ranks)}"
+        certain = 1 - SHARE * longer / (2 * most)
+        return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", words, certain)
+
     if longer <= LEAST * step:
         words = f"steps are as short as they were, {longer * 1e3:+.3g} ms"
         return Diagnosis(Kind.HEALTHY, evidence=words, confidence=0.5)
-    local = median(now.local) - median(before.local)
-    paused = median(now.paused) - median(before.paused)
-    # Who waits for a rank that pauses begins its own work late, and seems slow as well.
-    causes = ("pauses", beyond_others(paused)), ("own work", beyond_others(local))
+    # Who waits for a rank that pauses, or for a late message, begins its own work late.
+    if found := blamed("pauses", before.paused, now.paused):
+        return found
     comm = float(median(now.pure_comm) - median(before.pure_comm))
-    text = f"steps have become {longer * 1e3:.3g} ms longer"
-    for cause, own in causes:
-        ranks = tuple(int(i) for i in np.flatnonzero(own > SHARE * longer))
-        if ranks:
-            most = float(own[list(ranks)].max())
-            text += f", and by {most * 1e3:.3g} ms the {cause} of rank {few(ranks)}"
-            certain = 1 - SHARE * longer / (2 * most)
-            return Diagnosis(Kind.NONCOMM_SLOW, ranks, (), "rank", text, certain)
     if comm > SHARE * longer:
         text += f", the communication by {comm * 1e3:.3g} ms"
         certain = 1 - SHARE * longer / (2 * comm)
         return Diagnosis(Kind.COMM_SLOW, (), (), "none", text, certain)
-    text += f", the own work of all by {float(np.median(local)) * 1e3:.3g} ms"
+    if found := blamed("own work", before.local, now.local):
+        return found
+    local = float(np.median(median(now.local) - median(before.local)))
+    text += f", the own work of all by {local * 1e3:.3g} ms"
     return Diagnosis(Kind.NONCOMM_SLOW, (), (), "all", text, 0.5)

@@ -10,7 +10,9 @@ reads at any time, also when the writer is stopped, stuck or dead:
 - `progress`, when the rank last arrived, left, or changed its phase;
 - `enter_seq`, `exit_seq`: how many synchronisations the rank arrived at and left;
 - the phase (`jaxlab.health.detect.Phase`) and the number of the step;
-- the last samples: when each step began, arrived and ended.
+- the last samples: when each step began, arrived and ended, and for how long of the
+  time in between the process did not run: its heart was late. So it is where a quota
+  or a signal holds it back, others have the processors, or code keeps the lock.
 
 Times are `time.monotonic()` in seconds: comparable between processes of one host, and
 only as differences between hosts.
@@ -24,6 +26,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import math
 import queue
 import threading
 import time
@@ -46,6 +49,13 @@ from jaxlab.health.board import (
 from jaxlab.health.detect import Phase, RankSample
 
 __all__ = ["RankState", "Recorder", "instrument", "read_board", "read_boards", "watch"]
+
+LATE = 0.025
+"""seconds by which the heart is late where its process did not run"""
+HASTE = 1.0
+"""seconds after such a pause in which it beats faster, to measure the next ones"""
+FAST = 0.01
+"""seconds between its beats then"""
 
 
 class Recorder:
@@ -83,10 +93,14 @@ class Recorder:
         self._clock, self._period = clock, period
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._sequence = itertools.count(1)
-        # Arrived and not gone yet: step, moment and tag, in the order of arrival.
-        self._inside: collections.deque[tuple[int, float, int]] = collections.deque()
+        # Arrived and not gone yet: step, moment, tag and what it had paused until then,
+        # in the order of arrival.
+        self._inside: collections.deque[tuple[int, float, int, float]]
+        self._inside = collections.deque()
         self._watchers: list[_Watcher] = []
         now = self._begin = clock()
+        self._paused = self._paused_begin = 0.0
+        self._due, self._haste = math.inf, -math.inf
         self._state = State(now, now, 0, 0, -1, Phase.STARTING, 0)
         self._numbered = self._collecting = False
         self._map = create(self.path, rank, ring)
@@ -172,11 +186,12 @@ class Recorder:
     def enter(self, step: int | None = None) -> None:
         """The rank arrived where it waits for others, in `step` (None: the current)."""
         with self._lock:
+            self._awake()
             now, state = self._clock(), self._state
             at = state.step if step is None else step
             # A host that runs ahead of a device that hangs makes no progress.
             progress = state.progress if self._inside else now
-            self._inside.append((at, now, state.phase))
+            self._inside.append((at, now, state.phase, self._paused))
             self._publish(enter_seq=state.enter_seq + 1, progress=progress)
 
     def exit(self, tag: int | None = None) -> None:
@@ -194,12 +209,15 @@ class Recorder:
         with self._lock:
             if not self._inside:
                 raise ValueError("exit without enter: call enter() first")
+            self._awake()
             now = self._clock()
-            step, arrived, phase = self._inside.popleft()
+            step, arrived, phase, paused = self._inside.popleft()
             phase = phase if tag is None else tag
             start = min(self._begin, now)
-            sample = RankSample(step, start, max(arrived, start), now, int(phase))
-            self._begin = now
+            paused = self._paused - max(paused, self._paused_begin)
+            entered = max(arrived, start)
+            sample = RankSample(step, start, entered, now, int(phase), paused)
+            self._begin, self._paused_begin = now, self._paused
             state = self._state
             if not self._map.closed:
                 write_sample(self._map, state.count, self.ring, sample)
@@ -219,7 +237,8 @@ class Recorder:
         with self._lock:
             now = self._clock()
             if self._state.phase != Phase.STEP:
-                self._begin = now  # the time of another phase is no step's
+                # The time of another phase is no step's.
+                self._begin, self._paused_begin = now, self._paused
             self._publish(phase=int(phase), progress=now)
 
     def _publish(self, **changes: Any) -> None:
@@ -228,10 +247,23 @@ class Recorder:
         if not self._map.closed:
             write_state(self._map, next(self._sequence), self._state)
 
+    def _awake(self) -> float:
+        """Notes for how long the process did not run until now; says when that is."""
+        now = time.monotonic()  # also where the clock is another one
+        if now - self._due > LATE:
+            self._paused += now - self._due
+            self._due, self._haste = now, now + HASTE
+        return now
+
     def _beat(self) -> None:
-        while not self._stop.wait(self._period):
+        interval = self._period
+        self._due = time.monotonic() + interval
+        while not self._stop.wait(interval):
             with self._lock:
+                now = self._awake()
                 self._publish(heartbeat=self._clock())
+                interval = min(FAST if now < self._haste else math.inf, self._period)
+                self._due = now + interval
 
 
 class _Watcher:
@@ -381,8 +413,9 @@ def watch(
     """An unmodified step whose dispatch and end are recorded.
 
     So a stall is seen and placed: a rank whose host hangs is outside, the others are
-    inside. Which rank is slow is not, since its work and its waiting are one time on
-    the device: `jaxlab.health.profile` tells them apart.
+    inside. A rank that is slow because its process is held back is, too. One that is
+    slow in what it does on the device is not, since its work and its waiting are one
+    time there: `jaxlab.health.profile` tells them apart.
 
     Args:
       step_fn: a jitted function.

@@ -89,9 +89,10 @@ def read_row(
     kept |= {name: _whole(row[name]) for name in names}
     Phase(kept["phase"])
     samples = []
-    for step, start, enter, leave, phase in row["samples"]:
+    for step, start, enter, leave, phase, paused in row["samples"]:
         times = _real(start), _real(enter), _real(leave)
-        samples.append(RankSample(_whole(step), *times, _whole(phase)))
+        numbers = _whole(phase), _real(paused)
+        samples.append(RankSample(_whole(step), *times, *numbers))
     return kept, samples
 
 

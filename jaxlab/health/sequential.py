@@ -17,6 +17,10 @@ beyond what the busy time has grown by (a loaded host is slow at both). Nothing 
 unusual while steps are as short as ever: where they are dispatched ahead, ranks drift
 apart in phase, and all wait for the last one at no cost.
 
+A step that is longer than a block counts as several, one for each half second (or
+usual step, where that is longer) of it that a hypothesis explains, up to `_MOST`: so
+what makes steps many times as long is found in a few of them, and not in one.
+
 Unusual blocks come in runs even in health: bursts of load. So the null hypothesis is a
 Markov chain of usual and unusual blocks with probabilities of at most p (after a usual
 block) and q (after an unusual one), which are learned while it runs and shared between
@@ -47,6 +51,7 @@ from jaxlab.health.detect import (
 
 _PRIOR = 8.0  # weight of what is configured, in observations, beside what is learned
 _STAKE = 0.8  # of the evidence, put on "unusual" at fair odds; the rest is kept
+_MOST = 5  # blocks that a step can count as: one alone, however long, is no alarm
 _SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
 _ERROR = 1.17  # of an estimate of sigma by them from one observation, in sigma
 
@@ -284,16 +289,32 @@ def _probabilities(chain: np.ndarray, cfg: DetectConfig) -> np.ndarray:
 def _advance(
     state: SlowState, block: np.ndarray, baseline: Baseline, cfg: DetectConfig
 ) -> SlowState:
-    """One block of the sequential test."""
-    n = len(state.run) - 2
+    """One average of `_blocks`, which counts as one block or more."""
     excess, margin = excesses(block, baseline, cfg)
     unusual = excess > margin
     unusual[-1] &= ~unusual[-2]  # all are slow: the communication's part is not known
+    parts = np.where(unusual, excess, 0.0) / max(cfg.block, baseline.step)
+    times = np.clip(np.rint(parts), 1, _MOST).astype(int)
+    for i in range(times.max()):
+        state = _observe(state, excess, unusual, i < times, cfg)
+    return state
+
+
+def _observe(
+    state: SlowState,
+    excess: np.ndarray,
+    unusual: np.ndarray,
+    counts: np.ndarray,
+    cfg: DetectConfig,
+) -> SlowState:
+    """One block more for each of the hypotheses for which it `counts`."""
+    n = len(state.run) - 2
     p = np.where(state.unusual, *_probabilities(state.chain, cfg)[::-1])
     ratio = 1 - _STAKE + _STAKE * unusual / p
     limit = alarm_limit(n, cfg)
     log_evidence = np.logaddexp(state.log_evidence, 0.0) + np.log(ratio)
     log_evidence = np.minimum(log_evidence, limit)  # so that recovery shows soon
+    log_evidence = np.where(counts, log_evidence, state.log_evidence)
     half = log_evidence > limit / 2
     alarm = log_evidence >= limit
     alarm[-1] &= not half[:-1].any()  # may be slow because of a rank: wait and see
@@ -306,7 +327,7 @@ def _advance(
     run = np.where(calm, 0.0, state.run + 1)
     weight = 1 / np.fmax(run, 1)
     mean = state.excess + weight * (np.fmax(excess, 0.0) - state.excess)
-    return state._replace(
+    changes = dict(
         log_evidence=log_evidence,
         active=active,
         unusual=unusual,
@@ -314,6 +335,12 @@ def _advance(
         tentative=np.where(calm, 0.0, tentative),
         excess=np.where(calm, 0.0, mean),
         run=run,
+    )
+    return state._replace(
+        **{
+            name: np.where(counts, value, getattr(state, name))
+            for name, value in changes.items()
+        }
     )
 
 
@@ -366,7 +393,8 @@ def detect_slow(
     """Diagnoses one window on its own; see `update_slow` for a stream of them.
 
     An alarm takes 9 unusual blocks of half a second in a row (14 for 4096 ranks) with
-    the default limits; a shorter window that looks bad is HEALTHY of low confidence.
+    the default limits, or two or three steps that are many times as long as they were; a
+    shorter window that looks bad is HEALTHY of low confidence.
     """
     return update_slow(init_slow(window.local.shape[1], cfg), window, baseline, cfg)[1]
 

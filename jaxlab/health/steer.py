@@ -51,7 +51,8 @@ class SteerConfig:
     """Caution and limits."""
 
     confirm: int = 2
-    """times in a row that a hang is seen before anything is done about it"""
+    """times in a row that a hang is seen before anything is done about it; the test for
+    slowness has seen it often when it says so"""
     sizes: tuple[int, ...] | None = None
     """numbers of processes that the job can run with; None: any"""
     least: int = 1
@@ -117,17 +118,15 @@ def decide(
     seen = job.suspicion[2]
     if kind == Kind.CRASH:
         return _crashed(job, ranks, now, step, config, str(diagnosis))
+    if kind in SLOW:
+        return _slow(job, diagnosis, now, step, slowdown, config)
     if seen < config.confirm or kind == Kind.UNKNOWN:
         return job, CONTINUE
-    if kind in (Kind.FROZEN, Kind.NONCOMM_HANG):
-        return _without(job, ranks, now, step, config, str(diagnosis))
-    if kind == Kind.COMM_HANG:
-        if not diagnosis.links and job.asked != "probe":
-            return job._replace(asked="probe"), Action("probe", str(diagnosis))
-        # Nobody to blame: the same slots once more, and the limits count it.
-        blamed = ranks or _ends(diagnosis.links)
-        return _without(job, blamed, now, step, config, str(diagnosis))
-    return _slow(job, diagnosis, now, step, slowdown, config)
+    if kind == Kind.COMM_HANG and not diagnosis.links and job.asked != "probe":
+        return job._replace(asked="probe"), Action("probe", str(diagnosis))
+    # Nobody to blame: the same slots once more, and the limits count it.
+    blamed = ranks or _ends(diagnosis.links)
+    return _without(job, blamed, now, step, config, str(diagnosis))
 
 
 def _suspect(job: Job, diagnosis: Diagnosis, now: float) -> Job:

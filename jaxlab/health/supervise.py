@@ -48,6 +48,8 @@ TAKEOVER = 5.0
 """seconds in which agents that are there find a new supervisor"""
 FEWER = 2
 """how many sizes below its own a job compiles for ahead"""
+UNHEARD = 64
+"""steps that others have done and a rank has not told of until it counts as absent"""
 ANSWER = 60.0
 """seconds for the answer to a request"""
 
@@ -269,6 +271,9 @@ class Supervisor:
     def _paced(self, now: float) -> Diagnosis | None:
         """What the sequential test says of the steps since; None: there are none."""
         logs = self._roster.logs
+        most = max(map(len, logs.values()), default=0)
+        if most < UNHEARD and not all(logs.values()):
+            return None  # a step of which some have not told yet
         window = align(logs)
         if window.number is None or not len(window.number):
             return None
