@@ -44,20 +44,22 @@ def test_wishes_are_checked():
     act = {
         "do": "act",
         "slot": "host0/0",
+        "rollout": 7,
         "t": 2,
         "action": {"kind": 0, "xy": [2, 0.5]},
     }
     wish = read_wish(act, run, ())
-    assert wish["action"].xy == (1.0, 0.5) and wish["t"] == 2
+    assert wish["action"].xy == (1.0, 0.5) and (wish["rollout"], wish["t"]) == (7, 2)
     for bad in (
         [],
         {"do": "rm", "slot": "x"},
         {"do": "take", "slot": 3},
         {"do": "pause", "task": "other", "paused": True},
         {"do": "pause", "task": "click", "paused": 1},
-        {"do": "act", "slot": "x", "t": 0, "action": {"kind": 99}},
+        {"do": "act", "slot": "x", "rollout": 7, "t": 0, "action": {"kind": 99}},
+        {"do": "act", "slot": "x", "t": 0, "action": {"kind": 0, "xy": [0, 0]}},
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises((KeyError, ValueError)):
             read_wish(bad, run, ())
 
 
@@ -198,31 +200,36 @@ def paused(folder: Path) -> list:
 
 
 def by_hand(driver, wait, folder: Path) -> dict:
-    """Clicks where the expert would, in the taken environment, until a success."""
+    """Clicks where the expert would, in the taken environment, until two successes.
+
+    Two, since the second episode begins where the first one did: no action yet.
+    """
+    from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
     from jaxlab.rl.envs.pix import advance, next_action, start
 
+    def when_asked(then: str, *arguments):
+        """The value of an expression of the slot `s`, once it is truthy."""
+        script = (
+            f"const s = hand && seen.slots[hand.slot]; return s && asked(s) && {then}"
+        )
+        try:
+            return wait.until(lambda d: d.execute_script(script, *arguments))
+        except TimeoutException:
+            known = driver.execute_script("return JSON.stringify([hand, seen])")
+            pytest.fail(f"never came to {then} of {arguments}: {known}")
+
     deadline = time.monotonic() + SLOW
     while time.monotonic() < deadline:
-        slot = wait.until(
-            lambda d: d.execute_script(
-                "const s = hand && seen.slots[hand.slot];"
-                "return s && s.asking && s.t !== hand.t && s.t === 0"
-                " ? [s.task, s.seed] : null"
-            )
-        )
-        episode, end = start(slot[0], slot[1]), False
+        task, seed, t = when_asked("[s.task, s.seed, s.t]")
+        if t:  # the policy had begun
+            driver.find_element(By.ID, "hand-done").click()
+            continue
+        episode, end = start(task, seed), False
         while not end and (action := next_action(episode)) is not None:
-            t = episode.actions
-            wait.until(
-                lambda d, t=t: d.execute_script(
-                    "const s = hand && seen.slots[hand.slot];"
-                    "return s && s.asking && s.t === arguments[0] && hand.t !== s.t",
-                    t,
-                )
-            )
+            when_asked("s.t === arguments[0]", episode.actions)
             image = driver.find_element(By.ID, "hand-image")
             if action.kind != 0:
                 break  # the other tasks are done by the policy
@@ -235,12 +242,12 @@ def by_hand(driver, wait, folder: Path) -> dict:
             end = bool(episode.outcome)
         store = Store(folder)
         try:
-            for _ in range(100):
+            for _ in range(20):
                 rows = store.database.query(
                     "SELECT id, task, source, steps FROM experience"
                     " WHERE source = 'human' AND task = 'click'"
                 )
-                if rows:
+                if len(rows) > 1:
                     names = ("id", "task", "source", "steps")
                     return dict(zip(names, rows[0], strict=True))
                 time.sleep(0.1)

@@ -50,7 +50,7 @@ from jaxlab.health.detect import Phase, RankSample
 
 __all__ = ["RankState", "Recorder", "instrument", "read_board", "read_boards", "watch"]
 
-LATE = 0.025
+LATE = 0.05
 """seconds by which the heart is late where its process did not run"""
 HASTE = 1.0
 """seconds after such a pause in which it beats faster, to measure the next ones"""

@@ -393,8 +393,8 @@ def detect_slow(
     """Diagnoses one window on its own; see `update_slow` for a stream of them.
 
     An alarm takes 9 unusual blocks of half a second in a row (14 for 4096 ranks) with
-    the default limits, or two or three steps that are many times as long as they were; a
-    shorter window that looks bad is HEALTHY of low confidence.
+    the default limits, or two or three steps that are many times as long as they were;
+    a shorter window that looks bad is HEALTHY of low confidence.
     """
     return update_slow(init_slow(window.local.shape[1], cfg), window, baseline, cfg)[1]
 

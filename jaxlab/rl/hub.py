@@ -370,17 +370,18 @@ class Hub:
         if asked is not None:
             self._ask(*asked)
 
-    def act(self, slot: str, t: int, tokens: Any, action: Any) -> None:
+    def act(self, slot: str, rollout: int, t: int, tokens: Any, action: Any) -> None:
         """A person's action number t in a slot that waits for it; else nothing.
 
         Args:
             slot: that was taken.
+            rollout: that the person saw there.
             t: actions before it.
             tokens: int32 [token]: as the policy would have said it.
             action: `envs.api.Action`: what those mean.
         """
         asked = self.taken.get(slot)
-        if asked is None or asked[1]["t"] != t:
+        if asked is None or (asked[1]["rollout"], asked[1]["t"]) != (rollout, t):
             return
         self.taken[slot] = None
         peer, body = asked

@@ -57,6 +57,8 @@ class View(NamedTuple):
     """by a person"""
     asking: bool
     """for that person's action"""
+    rollout: int
+    """which episode of the run it is"""
 
 
 class Shown(NamedTuple):
@@ -120,7 +122,8 @@ class Site:
         elif kind == "act" and slot in self._acted:
             self._acted[slot] = time.monotonic()
             tokens = self.policy.tokens(wish["action"])
-            hub.act(slot, wish["t"], tokens, self.policy.action(tokens))
+            action = self.policy.action(tokens)
+            hub.act(slot, wish["rollout"], wish["t"], tokens, action)
 
     @functools.cached_property
     def policy(self) -> Any:
@@ -148,6 +151,7 @@ class Site:
                 frame.image,
                 name in hub.taken,
                 hub.taken.get(name) is not None,
+                -1 if ticket is None else ticket.rollout,
             )
         tasks = [
             {"task": task, "paused": task in hub.paused} for task in self.run.envs.tasks

@@ -217,7 +217,7 @@ def read_wish(body: Any, run: RLRun, vocabulary: tuple[str, ...]) -> dict[str, A
     """What a visitor asks for, checked.
 
     Raises:
-        ValueError: nothing that may be asked for.
+        KeyError, TypeError, ValueError: nothing that may be asked for.
     """
     if not isinstance(body, dict):
         raise ValueError("give an object")
@@ -232,7 +232,8 @@ def read_wish(body: Any, run: RLRun, vocabulary: tuple[str, ...]) -> dict[str, A
     wish = {"do": kind, "slot": body["slot"]}
     if kind == "act":
         action, _ = parse_action(body["action"], len(vocabulary))
-        wish |= {"action": action, "t": int(body["t"])}
+        wish |= {name: int(body[name]) for name in ("rollout", "t")}
+        wish["action"] = action
     return wish
 
 

@@ -95,17 +95,21 @@ function prepare(actions) {
 
 async function take(name) {
   if (!(await wish({ do: 'take', slot: name }))) return;
-  hand = { slot: name, t: -1 };
+  hand = { slot: name, acted: '' };
   $('hand').showModal();
   showHand();
 }
+
+// What is asked for; an episode may end with its first action, and the next one begin.
+const request = (slot) => `${slot.rollout}.${slot.t}`;
+const asked = (slot) => slot.asking && request(slot) !== hand.acted;
 
 function showHand() {
   const slot = seen.slots[hand.slot];
   if (!slot) return $('hand').close();
   $('hand-task').textContent = `${hand.slot}: ${slot.task}, seed ${slot.seed}`;
   $('hand-text').textContent = slot.text;
-  $('hand-state').textContent = slot.asking && slot.t !== hand.t
+  $('hand-state').textContent = asked(slot)
     ? `your action ${slot.t + 1}` : 'the environment is at work';
   const quoted = slot.text.split('"').filter((_, i) => i % 2);
   [...$('hand-fields').children].forEach((button, i) => {
@@ -121,11 +125,11 @@ function showHand() {
 
 async function act(kind, rest) {
   const slot = seen.slots[hand.slot];
-  if (!slot.asking || slot.t === hand.t) return;
+  if (!asked(slot)) return;
   const number = Object.keys(choices.kinds).indexOf(kind);
-  const sent = { do: 'act', slot: hand.slot, t: slot.t, action: { kind: number, ...rest } };
-  const t = slot.t;
-  if (await wish(sent)) hand.t = t;
+  const { rollout, t } = slot;
+  const sent = { do: 'act', slot: hand.slot, rollout, t, action: { kind: number, ...rest } };
+  if (await wish(sent)) hand.acted = request({ rollout, t });
   showHand();
 }
 
