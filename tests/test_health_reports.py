@@ -181,6 +181,28 @@ def test_ranks_that_have_not_reported_are_starting():
     assert detect_stall(board, 100.0, init_baseline()).kind == Kind.HEALTHY
 
 
+def test_a_step_is_taken_once_all_have_told_of_it():
+    def told(*steps):
+        return [RankSample(t, 10.0 * t, 10.0 * t + 1, 10.0 * t + 3) for t in steps]
+
+    logs = {0: told(0, 1, 2), 1: told(0, 1), 2: []}
+    assert reports.take_window(logs) is None and len(logs[0]) == 3
+    logs[2] += told(0)
+    window = reports.take_window(logs)
+    assert window is not None and window.number is not None
+    assert window.number.tolist() == [0] and window.local.shape == (1, 3)
+    assert {rank: len(log) for rank, log in logs.items()} == {0: 2, 1: 1, 2: 0}
+    logs[2] += told(1)
+    window = reports.take_window(logs)
+    assert window is not None and not np.isnan(window.local).any()
+    assert reports.take_window({}) is None
+    # One that never tells is not waited for.
+    logs = {0: told(*range(reports.UNHEARD)), 1: []}
+    window = reports.take_window(logs)
+    assert window is not None and len(window.step) == reports.UNHEARD
+    assert np.isnan(window.local[:, 1]).all() and logs == {0: [], 1: []}
+
+
 def test_an_exit_code_is_an_end_and_zero_a_good_one():
     rows = {r: reports.read_row(ROW | {"code": c}, 100.0)[0] for r, c in ((0, 0),)}
     rows[1] = reports.read_row(ROW | {"code": -9}, 100.0)[0]

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.health.detect import Board, Phase, RankSample
+from jaxlab.health.detect import Board, Phase, RankSample, Window, align
+
+UNHEARD = 64
+"""steps that others have told of, and a rank not, when it counts as absent"""
 
 
 @dataclass
@@ -94,6 +97,31 @@ def read_row(
         numbers = _whole(phase), _real(paused)
         samples.append(RankSample(_whole(step), *times, *numbers))
     return kept, samples
+
+
+def take_window(logs: dict[int, list[RankSample]]) -> Window | None:
+    """The steps that all ranks have told of, which it takes out of the logs.
+
+    Reports come rank by rank, so of the newest step some have not told yet. Without the
+    wait they would count as absent from it.
+
+    Args:
+        logs: by rank; it is changed.
+
+    Returns:
+        None where there is no such step.
+    """
+    most = max(map(len, logs.values()), default=0)
+    if not most or (most < UNHEARD and not all(logs.values())):
+        return None
+    window = align(logs)
+    assert window.number is not None
+    if not len(window.number):
+        return None
+    newest = int(window.number[-1])
+    for rank, log in logs.items():
+        logs[rank] = [sample for sample in log if sample.step > newest]
+    return window
 
 
 def board_of(

@@ -25,7 +25,6 @@ from jaxlab.health.detect import (
     Kind,
     Phase,
     Window,
-    align,
     detect_stall,
     few,
 )
@@ -48,8 +47,6 @@ TAKEOVER = 5.0
 """seconds in which agents that are there find a new supervisor"""
 FEWER = 2
 """how many sizes below its own a job compiles for ahead"""
-UNHEARD = 64
-"""steps that others have done and a rank has not told of until it counts as absent"""
 ANSWER = 60.0
 """seconds for the answer to a request"""
 
@@ -270,16 +267,9 @@ class Supervisor:
 
     def _paced(self, now: float) -> Diagnosis | None:
         """What the sequential test says of the steps since; None: there are none."""
-        logs = self._roster.logs
-        most = max(map(len, logs.values()), default=0)
-        if most < UNHEARD and not all(logs.values()):
-            return None  # a step of which some have not told yet
-        window = align(logs)
-        if window.number is None or not len(window.number):
+        window = reports.take_window(self._roster.logs)
+        if window is None:
             return None
-        newest = int(window.number[-1])
-        for rank, log in logs.items():
-            logs[rank] = [sample for sample in log if sample.step > newest]
         if self._fault is not None:
             self._recovered(now)
         self._goodput = self._goodput.advanced(window)
