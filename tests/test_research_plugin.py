@@ -87,6 +87,27 @@ def test_an_agent_from_a_wheel_takes_part(tmp_path):
     )
 
 
+@pytest.mark.requires("typst", "pypdfium2", "matplotlib")
+def test_it_takes_part_in_a_study_by_the_rules(tmp_path):
+    """Question to verified paper by the built-in manager, who finds it there."""
+    env = installed(tmp_path, plugin_source())
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.test_research_study import asked, verified\n"
+        "code = asked(Path(sys.argv[1])).code\n"
+        "verified(Path(sys.argv[1]) / 'ws'); sys.exit(code)\n"
+    )
+    ran = python(env, "-c", program, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    events = read_journal(tmp_path / "ws/journal.jsonl")
+    agents = [e.data["agent"] for e in events if e.kind == "agent_start"]
+    assert agents.index("experiment") < agents.index("auditor") < agents.index("writer")
+    ends = [e for e in events if e.kind == "tool_end" and e.agent == "auditor"]
+    assert [e.data["tool"] for e in ends] == ["label_noise", "finish"]
+    # It has read what the last run that it was given has found.
+    assert ends[0].data["result"]["metrics"], ends[0].data["result"]
+
+
 @pytest.mark.parametrize(
     "source, words",
     [
