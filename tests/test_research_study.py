@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlab.research.closing import PARTIAL
 from jaxlab.research.driver import Settings
 from jaxlab.research.journal import read_journal
 from jaxlab.research.study import resume, run, say
@@ -174,6 +175,30 @@ def test_a_budget_of_runs_is_kept(tmp_path):
     assert len(set(starts(tmp_path / "ws"))) <= 12
     if ending.code == 3:
         assert (tmp_path / "ws/paper/paper.pdf").exists()
+
+
+@pytest.mark.parametrize("turns", [13, 17, 28, 32])
+def test_a_spent_budget_leaves_a_partial_report_that_verifies(tmp_path, turns):
+    """Spent once the runs are made, with facts, with a text, with a compiled one."""
+    options = options_of(tmp_path)
+    settings = Settings(Budget(runs=60, turns=turns))
+    told = dict(options=options, settings=settings, say=quiet)
+    ending = run(QUESTION, tmp_path / "ws", **told)
+    assert ending.code == 3 and f"turns: {turns} of {turns}" in ending.why, ending
+    verified(tmp_path / "ws")
+    events = events_of(tmp_path / "ws")
+    asked_for = [i for i, e in enumerate(events) if e.kind == "request"]
+    closing = next(i for i, e in enumerate(events) if e.kind == "closing")
+    assert len(asked_for) == turns and asked_for[-1] < closing
+    assert (
+        PARTIAL
+        in json.loads((tmp_path / "ws/paper/paper.json").read_text())["abstract"]
+    )
+    # With more it goes on, and what it ends with is whole and reviewed.
+    ending = resume(tmp_path / "ws", settings=Settings(Budget(runs=60)), say=quiet)
+    assert ending.code == 0, ending
+    verified(tmp_path / "ws")
+    assert PARTIAL not in (tmp_path / "ws/paper/paper.json").read_text()
 
 
 def test_a_budget_too_small_for_a_test_is_told_before_anything_runs(tmp_path):

@@ -12,6 +12,8 @@ METHODS = ("student1908", "holm1979", "landemets1983")
 Plans = dict[int, dict[str, Any]]
 Made = tuple[str, list[dict[str, Any]]]
 SECTIONS = ("title", "abstract", "method", "results", "follow-up", "runs", "limits")
+CITED = ("student", "holm", "landemets")
+"""to be cited before a text is compiled that is drafted here"""
 
 
 def main_plan(found: Plans) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from jaxlab.research import context, human, limits, model
-from jaxlab.research.closing import partial_report
+from jaxlab.research.closing import partial_report, take_back
 from jaxlab.research.journal import Event, Journal, JournalError, canonical
 from jaxlab.research.process import Process, end_group
 from jaxlab.research.state import Call, Session, Study, called, fold
@@ -119,6 +119,7 @@ class Driver:
         if self.journal.events:
             kept = {"since": len(self.journal.events), "settings": self.settings}
             self._append("driver", "resume", **kept)
+            take_back(self.ws)
         else:
             first = {"schema": 1, "question": question, "options": options}
             self._append("driver", "study", **first)
@@ -131,8 +132,10 @@ class Driver:
             return self._end(0, "done", root.summary)
         except BudgetSpent as stop:
             self._end_jobs()
-            steps = partial_report(self.tools, self._context("driver", "closing"))
-            self._append("driver", "closing", steps=steps)
+            context = self._context("driver", "closing")
+            steps, refs = partial_report(self.tools, context)
+            written = [ref.json() for ref in refs]
+            self._append("driver", "closing", steps=steps, refs=written)
             return self._end(3, "budget", str(stop))
         except StoppedByPerson as stop:
             return self._end(3, "stopped", str(stop))

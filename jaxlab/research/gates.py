@@ -251,8 +251,17 @@ def pdf_whole(workspace: Workspace, events: Events) -> Iterator[str]:
         yield "paper.pdf does not say who wrote it"
 
 
-def reviewed(workspace: Workspace, _: Events) -> Iterator[str]:
-    """G10: the last review is of this text and has no open blocker."""
+def reviewed(workspace: Workspace, events: Events) -> Iterator[str]:
+    """G10: the last review is of this text and has no open blocker.
+
+    What the driver put together when the budget was spent says that it is partial, and
+    needs no review until the study goes on.
+    """
+    last = next((e for e in reversed(events) if e.kind in ("closing", "resume")), None)
+    if last is not None and last.kind == "closing":
+        text, written = workspace.ref(paper.SOURCE), last.data.get("refs", ())
+        if any((r["id"], r["sha256"]) == (text.id, text.sha256) for r in written):
+            return
     numbers = [int(f[8:-5]) for f in workspace.files("reviews") if f[8:-5].isdigit()]
     if not numbers:
         yield "the paper was not reviewed"

@@ -12,7 +12,6 @@ from jaxlab.research.policy import Done, Rule, Step, View
 
 # Words of a person's message that ask for another plan; see `next_plan.follow_up`.
 ASKS = ("also", "try", "add", "drop")
-CITED = ("student", "holm", "landemets")
 
 
 def manager(view: View) -> Step:
@@ -142,7 +141,7 @@ def curator(view: View) -> Step:
 
 def writer(view: View) -> Step:
     """Citations, sections, PDF."""
-    for query in CITED:
+    for query in drafts.CITED:
         if view.last("cite", query=query) is None:
             return view.call("cite", query=query)
     for section in drafts.SECTIONS:

@@ -81,12 +81,17 @@ def verify(root: str | Path) -> Report:
 def _files(workspace: Workspace, events: Sequence[Event]) -> Iterator[str]:
     """Files whose bytes are not those that the journal last spoke of."""
     last: dict[str, str | None] = {}
+    before = last
     for event in events:
+        if event.kind == "closing":
+            last = {**(before := last)}
+        elif event.kind == "resume":
+            last = before  # the report was taken back
         for ref in event.data.get("refs", ()):
             if (
                 isinstance(ref, dict)
                 and ref.get("kind") == "file"
-                and event.kind == "tool_end"
+                and event.kind in ("tool_end", "closing")
             ):
                 last[ref["id"]] = ref.get("sha256")
     for path, sha in last.items():

@@ -12,6 +12,7 @@ between check and use.
     agents/<name>/           what an agent wrote for itself
     blobs/<sha256>           long tool results and other bodies
     inbox/{new,cur}/ outbox/ messages from and to people
+    before.json              files that a partial report has overwritten
 """
 
 import contextlib
@@ -168,6 +169,12 @@ class Workspace:
                     os.unlink(temporary, dir_fd=folder)
                 raise
         return Ref("file", relative, hashlib.sha256(body).hexdigest())
+
+    def remove(self, relative: str) -> None:
+        """Deletes a file."""
+        with self._folder(relative) as (folder, name):
+            os.unlink(name, dir_fd=folder)
+            os.fsync(folder)
 
     def write_text(self, relative: str, text: str) -> Ref:
         """Likewise, without secrets."""
