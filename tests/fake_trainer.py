@@ -36,6 +36,7 @@ def main(arguments):
     common = random.Random(config["seed"])
     loss = config["level"] + config["shared"] * common.gauss(0, 1)
     loss += config["noise"] * own.gauss(0, 1)
+    print(config["salt"])
     time.sleep(config["seconds"])
     with open(out / "metrics.jsonl", "a") as file:
         for step in range(1, config["steps"] + 1):
