@@ -314,13 +314,13 @@ def reference_align(logs):
             before = leave
             if phase == Phase.STEP and enter >= start and leave >= arrive:
                 held = min(paused, leave - arrive)
-                cell = arrive - begin + held, leave - arrive - held
+                cell = arrive - begin + held, leave - arrive - held, leave - arrive
                 rows.setdefault(number, {})[rank] = cell
     out = {}
     for number, cells in sorted(rows.items()):
         if len(cells) == len(logs):
-            local, wait = np.array([cells[r] for r in range(len(logs))]).T
-            out[number] = (local, wait, min(wait), np.median(local + wait))
+            local, wait, inside = np.array([cells[r] for r in range(len(logs))]).T
+            out[number] = (local, wait, min(inside), np.median(local + wait))
     return out
 
 
@@ -391,6 +391,7 @@ def test_pauses_inside_the_collective_are_the_ranks_own():
     np.testing.assert_array_equal(window.local, [[1, 4, 4], [1, 5, 5]])
     np.testing.assert_array_equal(window.wait, [[4, 1, 1], [4, 0, 0]])
     np.testing.assert_array_equal(window.step, [5, 5])
+    np.testing.assert_array_equal(window.pure_comm, [4, 4])
 
 
 def test_align_of_nothing():

@@ -147,8 +147,9 @@ class Window(NamedTuple):
     wait: np.ndarray
     """float[T, n]: in the collective, less pauses"""
     pure_comm: np.ndarray
-    """float[T]: the least wait, which is communication alone: the last rank to arrive
-    waits for nobody"""
+    """float[T]: the least time in the collective, which is communication alone: the last
+    rank to arrive waits for nobody. With its pauses: what they do to a collective is not
+    told apart"""
     step: np.ndarray
     """float[T]: duration of the step, the median over ranks"""
     number: np.ndarray | None = None
@@ -317,7 +318,7 @@ def align(
     return Window(
         local=local_tn,
         wait=wait_tn,
-        pure_comm=np.fmin.reduce(wait_tn, axis=1, initial=np.nan),
+        pure_comm=np.fmin.reduce(table(leave - arrive), axis=1, initial=np.nan),
         step=median(local_tn + wait_tn, axis=1),
         number=numbers[common].astype(np.int64),
     )
