@@ -147,9 +147,9 @@ class Window(NamedTuple):
     wait: np.ndarray
     """float[T, n]: in the collective, less pauses"""
     pure_comm: np.ndarray
-    """float[T]: the least time in the collective, which is communication alone: the last
-    rank to arrive waits for nobody. With its pauses: what they do to a collective is not
-    told apart"""
+    """float[T]: the least time in the collective, which is communication alone: the
+    last rank to arrive waits for nobody. Pauses are in it, as what they do to the
+    collective is not told apart"""
     step: np.ndarray
     """float[T]: duration of the step, the median over ranks"""
     number: np.ndarray | None = None
