@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from jaxlab.health.detect import Diagnosis, Kind
 from jaxlab.health.steer import Job, Slot, SteerConfig, decide, next_members, restarted
@@ -159,6 +159,13 @@ RANKS = st.sets(st.integers(0, 3), max_size=2).map(lambda r: tuple(sorted(r)))
 EVENTS = st.lists(st.tuples(KINDS, RANKS, st.floats(0, 600)), max_size=60)
 
 
+@example(
+    [
+        (Kind.NONCOMM_SLOW, (0, 1), 0.0),
+        *[(Kind.HEALTHY, (), 600.0)] * 3,
+        *[(Kind.NONCOMM_SLOW, (0,), 10.0)] * 3,
+    ]
+)
 @given(EVENTS)
 def test_slots_are_never_lost_or_doubled_and_limits_hold(events):
     config = SteerConfig(evictions_per_hour=3, restarts_per_hour=5, without_progress=99)

@@ -44,6 +44,8 @@ class Job(NamedTuple):
     """what was seen, since when, and how often in a row"""
     asked: Literal["", "profile", "probe"] = ""
     """what the suspicion has been looked at with"""
+    evictions: tuple[float, ...] = ()
+    """when, also of slots that have come back since"""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _without(job, ranks, now, step, config, reason) -> tuple[Job, Action]:
 
 
 def _may_evict(job, ranks, now, config) -> bool:
-    recent = [at for _, at in job.evicted if now - at < 3600]
+    recent = [at for at in job.evictions if now - at < 3600]
     return len(recent) + len(ranks) <= config.evictions_per_hour
 
 
@@ -247,6 +249,7 @@ def restarted(job: Job, action: Action, now: float, step: int) -> Job:
         spares=tuple(s for s in everybody if s not in out),
         generation=job.generation + 1,
         evicted=evicted,
+        evictions=(*job.evictions, *(now for _ in action.evict)),
         restarts=(*job.restarts, (now, step)),
         suspicion=None,
         asked="",
@@ -268,4 +271,5 @@ def from_json(rows: Mapping[str, Any]) -> Job:
         tuple((Slot(*slot), at) for slot, at in rows["evicted"]),
         tuple((Slot(*slot), at) for slot, at in rows["crashes"]),
         tuple((at, step) for at, step in rows["restarts"]),
+        evictions=tuple(rows.get("evictions", ())),
     )
