@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from jaxlab import ahead, config, data, metrics, program, record, replicas
@@ -99,29 +98,9 @@ def _train(
     stop = stack.enter_context(stop_requests())
     bar = stack.enter_context(_progress_bar(start, run.steps))
     rate = run.optimizer.learning_rate(run.steps)
+    rate(start)  # compiles it here, and not between two steps
     watch = record.Stopwatch(made, start, health.pause)
     pending: tuple[int, dict[str, jax.Array]] | None = None
-
-    def log(step: int, values: dict[str, np.ndarray]) -> None:
-        """Writes the scalars of a step; the first time something is compiled."""
-        times, loss = watch.lap(step), float(values["loss"].mean())
-        write.scalars(
-            step,
-            {
-                "train/loss": loss,
-                "train/grad_norm": float(values["grad_norm"].mean()),
-                "train/param_norm": float(values["param_norm"].mean()),
-                "train/skipped": int(values["skipped"].sum()),
-                "train/learning_rate": float(rate(step - 1)),
-                **times,
-            },
-        )
-        bar.set_postfix_str(f"loss {loss:.3f}")
-        if bar.disable:  # no terminal
-            say(
-                f"step {step}/{run.steps}: loss {loss:.4f}, "
-                f"{times['time/tokens_per_second']:.0f} tokens/s"
-            )
 
     def settle() -> None:
         """Waits for the pending step, checks its loss, logs it if it is its turn."""
@@ -147,8 +126,24 @@ def _train(
             if told:
                 write.scalars(step, told)
         if _due(step, run.log_every) or step == run.steps:
-            with health.pause("log"):
-                log(step, values)
+            times, loss = watch.lap(step), float(values["loss"].mean())
+            write.scalars(
+                step,
+                {
+                    "train/loss": loss,
+                    "train/grad_norm": float(values["grad_norm"].mean()),
+                    "train/param_norm": float(values["param_norm"].mean()),
+                    "train/skipped": int(values["skipped"].sum()),
+                    "train/learning_rate": float(rate(step - 1)),
+                    **times,
+                },
+            )
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            if bar.disable:  # no terminal
+                say(
+                    f"step {step}/{run.steps}: loss {loss:.4f}, "
+                    f"{times['time/tokens_per_second']:.0f} tokens/s"
+                )
 
     for step in range(start + 1, run.steps + 1):
         health.step(step)
