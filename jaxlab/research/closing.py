@@ -71,7 +71,7 @@ STEPS: tuple[tuple[str, dict[str, Any] | Callable[[Context], dict[str, Any]]], .
 
 def partial_report(
     tools: Mapping[str, Tool], context: Context
-) -> tuple[list[dict[str, Any]], list[Ref]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Calls the tools of a report; returns how each ended, and what they wrote.
 
     Args:
@@ -99,4 +99,4 @@ def partial_report(
         told.append({"tool": name, **args})
         if isinstance(made, Result):
             refs |= {ref.id: ref for ref in made.refs}
-    return told, list(refs.values())
+    return {"steps": told, "refs": [ref.json() for ref in refs.values()]}

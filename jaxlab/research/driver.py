@@ -41,8 +41,7 @@ Refs = list[dict[str, Any]]
 OWN_KINDS = frozenset(
     "study resume agent_start agent_end request reply model_error interrupted "
     "tool_start tool_end remark human ack approval_request compact run_start "
-    "closing "
-    "finish".split()
+    "closing finish".split()
 )
 """Events that only the driver writes."""
 SUMMARY = 1_200
@@ -132,10 +131,8 @@ class Driver:
             return self._end(0, "done", root.summary)
         except BudgetSpent as stop:
             self._end_jobs()
-            context = self._context("driver", "closing")
-            steps, refs = partial_report(self.tools, context)
-            written = [ref.json() for ref in refs]
-            self._append("driver", "closing", steps=steps, refs=written)
+            report = partial_report(self.tools, self._context("driver", "closing"))
+            self._append("driver", "closing", **report)
             return self._end(3, "budget", str(stop))
         except StoppedByPerson as stop:
             return self._end(3, "stopped", str(stop))
