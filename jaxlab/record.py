@@ -6,12 +6,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlab import config, metrics
 from jaxlab.data import Tokens
@@ -111,6 +112,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None and name != "type":
             flat[prefix + name] = value
     return flat
+
+
+def step_scalars(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What the log tells of a step: means over its replicas, and those that skipped.
+
+    `values` has float[replicas] `loss`, `grad_norm` and `param_norm` (or float[]) and
+    `skipped`, a number of each replica.
+    """
+    means = ("loss", "grad_norm", "param_norm")
+    told = {f"train/{name}": float(values[name].mean()) for name in means}
+    return told | {"train/skipped": int(values["skipped"].sum())}
 
 
 class Stopwatch:

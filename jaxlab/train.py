@@ -126,18 +126,10 @@ def _train(
             if told:
                 write.scalars(step, told)
         if _due(step, run.log_every) or step == run.steps:
-            times, loss = watch.lap(step), float(values["loss"].mean())
-            write.scalars(
-                step,
-                {
-                    "train/loss": loss,
-                    "train/grad_norm": float(values["grad_norm"].mean()),
-                    "train/param_norm": float(values["param_norm"].mean()),
-                    "train/skipped": int(values["skipped"].sum()),
-                    "train/learning_rate": float(rate(step - 1)),
-                    **times,
-                },
-            )
+            seen, times = record.step_scalars(values), watch.lap(step)
+            rated = {"train/learning_rate": float(rate(step - 1))}
+            write.scalars(step, seen | rated | times)
+            loss = seen["train/loss"]
             bar.set_postfix_str(f"loss {loss:.3f}")
             if bar.disable:  # no terminal
                 say(
