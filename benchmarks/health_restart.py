@@ -3,6 +3,7 @@
     python benchmarks/health_restart.py > restart.json       # 3 minutes
     python benchmarks/health_restart.py --quick
     python benchmarks/health_restart.py --snapshot-seconds 2 # with hot snapshots
+    python benchmarks/health_restart.py --snapshot-seconds 2 --disks
 
 `scripts/supervise.py --local N` runs the trainer on a small model. Once the job steps,
 a rank that is drawn by lot gets SIGKILL, and the supervisor starts the job again. Each
@@ -30,6 +31,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -77,6 +79,9 @@ class Options:
     """steps between checkpoints"""
     snapshot_seconds: float = 0.0
     """seconds between hot snapshots; 0: none"""
+    disks: bool = False
+    """each rank has half of the state, and its snapshots on a disk of its own, which is
+    lost with it"""
     shrink: bool = False
     """no spares: a rank that dies twice is done without"""
     layers: int = 2
@@ -209,6 +214,7 @@ def config_file(folder: Path, options: Options) -> Path:
     """A run that goes on until it is stopped."""
     from jaxlab import config
 
+    disk = str(folder / "disk$JAX_PROCESS_ID") if options.disks else ""
     run = config.Run(
         out=str(folder / "run"),
         steps=10**6,
@@ -218,8 +224,11 @@ def config_file(folder: Path, options: Options) -> Path:
         model=config.GPT(layers=options.layers, width=options.width, heads=2),
         data=config.Data(corpus="stdlib", cache=str(folder / "cache")),
         evaluate=config.Evaluate(every=10**6),
+        mesh=config.MeshShape(fsdp=options.processes if options.disks else 1),
         checkpoint=config.Checkpoint(
-            every=options.every, snapshot_seconds=options.snapshot_seconds
+            every=options.every,
+            snapshot_seconds=options.snapshot_seconds,
+            snapshot_folder=disk,
         ),
         sample=config.Sample(tokens=0),
     )
@@ -314,6 +323,8 @@ def fault(
     victim = draw.randrange(len(pids))
     killed = time.time()
     os.kill(pids[victim], signal.SIGKILL)
+    if options.disks:
+        shutil.rmtree(folder / f"disk{victim}")
     done = step_times(folder, 0, pids[0])
     fresh = until(lambda: stepping(folder, generation + 1, 1), "recovery", log)
     ranks = [

@@ -162,6 +162,9 @@ class Checkpoint:
     snapshot_seconds: float = 0.0
     """seconds of work that a fault may cost: the state is also written this often to
     OUT/checkpoints/snapshots, where a start after a fault finds it; 0: not"""
+    snapshot_folder: str = ""
+    """a folder on each host's own disk, for them to lie in instead, in two copies on
+    different hosts; `~` and environment variables are filled in"""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ before it) and the bytes of the pieces. Several files are one state if their pie
 cover every leaf; how it was cut does not matter to what is read back.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -191,3 +192,27 @@ def read_shard(leaf: str, dtype: Any, piece: Piece) -> np.ndarray:
             f"{piece.path.name}: the sha256 of {leaf}[{where}] is not what was written"
         )
     return np.frombuffer(data, dtype).reshape([b - a for a, b in shard.range])
+
+
+def read_sound(
+    leaf: str, dtype: Any, pieces: Sequence[Piece], piece: Piece
+) -> np.ndarray:
+    """The numbers of a shard, from a copy of it where it is damaged.
+
+    Args:
+        leaf: its name.
+        dtype: its data type.
+        pieces: all of the leaf, copies among them.
+        piece: which one.
+
+    Raises:
+        OSError, ValueError: it cannot be read or is damaged, and so are its copies.
+    """
+    try:
+        return read_shard(leaf, dtype, piece)
+    except (OSError, ValueError):
+        for other in pieces:
+            if other is not piece and other.shard.range == piece.shard.range:
+                with contextlib.suppress(OSError, ValueError):
+                    return read_shard(leaf, dtype, other)
+        raise

@@ -1,22 +1,26 @@
 """Hot snapshots: the state every few seconds, so that a fault costs seconds of work.
 
 Checkpoints (`jaxlab.checkpoint`) are for keeping; these are only for a start after a
-fault. Each process writes a part of the state in the background, into the folder that
-the processes share, and nobody waits for anybody:
+fault. Each process writes a part of the state in the background, and nobody waits for
+the disk:
 
     snapshots/<step>-<process>of<processes>.snapshot
+    LOCAL/<name of the run>-<its id>/<step>-<process>of<processes>-<start>.snapshot
 
 Which process writes which shard follows from the sharding: copies of a shard are
-written once, so that each of n processes writes about an n-th. The steps are those that
-a power of two divides, the largest one that fits into the seconds between two snapshots
-at the pace of this process; so processes whose clocks disagree still write the same
-steps, or every other one of them.
+written once, so that each of n processes writes about an n-th. In the folder that all
+processes share, the steps are those that a power of two divides, the largest one that
+fits into the seconds between two snapshots at the pace of this process; so processes
+whose clocks disagree still write the same steps, or every other one of them.
+
+On the hosts' own disks a lost host takes its files along. There every piece is written
+in two places (`jaxlab.peer_copies`), which takes all processes at once: they agree on
+the steps. The files tell which start of the run wrote them, as a host that comes back
+may still have old ones.
 
 A file is there whole or not at all, and its header lists the shards in it: leaf, range
 in the global array, SHA-256. A restore takes the newest step whose shards cover every
-leaf and are sound, on any mesh and number of processes. The file system is the peer
-copy: where the folder is shared, as that of the checkpoints has to be, what a lost
-host has written is there for the others.
+leaf and are sound, on any mesh and number of processes.
 """
 
 import collections
@@ -24,36 +28,50 @@ import contextlib
 import functools
 import json
 import math
+import os
 import queue
 import re
+import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxlab import peer_copies
 from jaxlab.checkpoint import compare, first_line, from_process_0, leaf_types
 from jaxlab.errors import UserError
+from jaxlab.files import write_text
+from jaxlab.peer_copies import gathered
 from jaxlab.shards import (
     Header,
     Range,
     Whole,
     assembled,
-    read_shard,
+    read_sound,
     to_range,
     whole_of,
     write,
 )
 
-PART = re.compile(r"(\d+)-(\d+)of(\d+)\.snapshot")
+PART = re.compile(r"(\d+)-(\d+)of(\d+)(?:-([0-9a-f]+))?\.snapshot")
 PACE = 32
 """steps over which the pace is measured"""
 
 Log = Callable[[str], Any]
+
+
+class Key(NamedTuple):
+    """What the files of one snapshot have in common."""
+
+    step: int
+    processes: int
+    start: str
+    """of the run, which wrote them; "" in a folder that all processes share"""
 
 
 @dataclass
@@ -64,31 +82,46 @@ class Snapshots:
         folder: of the files.
         seconds: between two snapshots, at most; 0: none are written.
         log: takes one line when a snapshot cannot be written.
+        checkpoints: their folder.
+        start: names the files; "" in a folder that all processes share.
+        domain: which folder each process sees, see `peer_copies.domains`.
         clock: seconds.
         times: when the last steps were done.
+        following: on local disks, the step of the next one.
         work: the snapshot that is to be written.
         busy: the thread has one under way.
         thread: writes; None before the first one.
-        parts: what this process writes, see `plan`.
+        parts: what this process writes; None before the first one.
+        permuted: sends what peers write, see `peer_copies.permuted`.
     """
 
     folder: Path
     seconds: float
     log: Log = print
+    checkpoints: Path = Path()
+    start: str = ""
+    domain: tuple[int, ...] = (0,)
     clock: Callable[[], float] = time.monotonic
     times: collections.deque = field(
         default_factory=functools.partial(collections.deque, maxlen=PACE + 1)
     )
+    following: int = 0
     work: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     busy: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
-    parts: list[tuple[int, Range, int]] | None = None
+    parts: peer_copies.Plan | None = None
+    permuted: Callable[..., list[Any]] | None = None
 
     def __enter__(self) -> "Snapshots":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process clears up in its folder."""
+        return self.domain[jax.process_index()] == jax.process_index()
 
     def due(self, step: int) -> bool:
         """Whether to save after this step; to be asked once after each."""
@@ -97,45 +130,87 @@ class Snapshots:
         self.times.append(self.clock())
         if len(self.times) < 3:
             return False  # the first ones compile
-        pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-        return step % interval(pace, self.seconds) == 0 and not self.busy.is_set()
+        if self.start:
+            return step >= self.following
+        every = interval(self._pace(), self.seconds)
+        return step % every == 0 and not self.busy.is_set()
+
+    def _pace(self) -> float:
+        """Seconds a step."""
+        if len(self.times) < 2:
+            return 0.0
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
     def save(self, step: int, state: Any, description: dict[str, Any]) -> None:
         """Takes the state to the host and returns; a thread writes it.
 
         The state may be donated once this returns. It waits for the state to be
-        computed and, on an accelerator, for the copy of this process's part.
+        computed and, on an accelerator, for the copy of this process's part. On local
+        disks every process has to call it, and nothing is saved while one of them is
+        still busy with the last one.
 
         Args:
             step: how many optimizer steps the state has seen.
             state: pytree of `jax.Array`, sharded anyhow.
             description: JSON, see `checkpoint.save`.
         """
-        if self.parts is None:
-            self.parts = plan(state, jax.process_index())
+        if self.start and not self._agreed(step):
+            return
         flat = jax.tree.leaves(state)
-        pieces = [
+        if self.parts is None:
+            self._prepare(flat)
+        assert self.parts is not None
+        shards = [
             (leaf, cut, flat[leaf].addressable_shards[place].data)
-            for leaf, cut, place in self.parts
+            for leaf, cut, place in self.parts.own
         ]
-        for _, _, data in pieces:
+        if self.permuted is not None:
+            sent = self.permuted(*(flat[leaf] for leaf in self.parts.moved))
+            moved = dict(zip(self.parts.moved, sent, strict=True))
+            shards += [
+                (leaf, cut, moved[leaf].addressable_shards[place].data)
+                for leaf, cut, place in self.parts.copies
+            ]
+        for _, _, data in shards:
             data.copy_to_host_async()
         # On CPU no copy but a view: a step that donates the array gets new memory.
-        host = [(i, cut, np.asarray(data)) for i, cut, data in pieces]
+        host = [(leaf, cut, np.asarray(data)) for leaf, cut, data in shards]
         head = Header(description, leaf_types(state), ())
-        name = f"{step}-{jax.process_index()}of{jax.process_count()}.snapshot"
+        name = f"{step}-{jax.process_index()}of{jax.process_count()}"
+        if self.start:
+            name += f"-{self.start}"
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
         self.busy.set()
-        self.work.put((self.folder / name, head, host))
+        self.work.put((self.folder / f"{name}.snapshot", head, host))
+
+    def _agreed(self, step: int) -> bool:
+        """Whether no process is busy; sets when the next one is due, for all alike."""
+        mine = json.dumps([self._pace(), self.busy.is_set()])
+        paces, busy = zip(*map(json.loads, gathered(mine)), strict=True)
+        self.following = step + interval(max(paces), self.seconds)
+        return not any(busy)
+
+    def _prepare(self, flat: list[jax.Array]) -> None:
+        """Finds what this process writes, and compiles what sends to the peers."""
+        self.parts = peer_copies.plan(flat, jax.process_index(), self.domain)
+        if self.parts.moved:
+            leaves = [flat[leaf] for leaf in self.parts.moved]
+            self.permuted = peer_copies.permuted(leaves, self.domain)
+        if self.parts.alone:
+            self.log(
+                f"snapshots: {self.parts.alone} arrays have no copy at a peer, as one "
+                "host has more than half of the devices; losing it costs the work "
+                "since the last checkpoint"
+            )
 
     def _run(self) -> None:
         for path, head, host in iter(self.work.get, None):
             try:
                 write(path, head, host)
-                if jax.process_index() == 0:
-                    _prune(self.folder)
+                if self.leads:
+                    self._prune()
             except OSError as error:
                 self.log(
                     f"snapshot {path} was not written: {error.strerror}; the training "
@@ -143,6 +218,22 @@ class Snapshots:
                 )
             finally:
                 self.busy.clear()
+
+    def _prune(self, keep: int = 2) -> None:
+        """Drops what is older than the newest ones that are whole, as far as is seen.
+
+        One begins on local disks when all have written the last one: so of two that
+        are whole here, one is whole everywhere.
+        """
+        here = self.domain.count(self.domain[jax.process_index()])
+        whole = sorted(
+            key.step
+            for key, names in _by_key(_names(self.folder)).items()
+            if key.start == self.start
+            and len(names) == (here if self.start else key.processes)
+        )
+        if len(whole) > keep:
+            _drop(self.folder, lambda step: step < whole[-keep])
 
     def wait(self) -> None:
         """Blocks until the snapshot under way is written."""
@@ -155,8 +246,8 @@ class Snapshots:
             self.work.put(None)
             self.thread.join()
             self.thread = None
-        if self.seconds > 0 and jax.process_index() == 0:
-            saved = [int(p.name) for p in self.folder.parent.glob("*") if _is_step(p)]
+        if self.seconds > 0 and self.leads:
+            saved = [int(p.name) for p in self.checkpoints.glob("*") if _is_step(p)]
             with contextlib.suppress(OSError):
                 _drop(self.folder, lambda step: step <= max(saved, default=-1))
 
@@ -175,7 +266,12 @@ def interval(pace: float, seconds: float) -> int:
     return 2 ** max(math.floor(math.log2(max(seconds, 1e-9) / max(pace, 1e-9))), 0)
 
 
-def open_snapshots(folder: str | Path, seconds: float, log: Log = print) -> Snapshots:
+# ------------------------------------------------------------------------ opening
+
+
+def open_snapshots(
+    folder: str | Path, seconds: float, log: Log = print, *, local: str = ""
+) -> Snapshots:
     """Opens the snapshots beside the checkpoints of a run.
 
     Args:
@@ -184,86 +280,104 @@ def open_snapshots(folder: str | Path, seconds: float, log: Log = print) -> Snap
         seconds: between two snapshots, at most; 0 writes none, but those of an
             earlier start are found.
         log: takes lines for the user.
+        local: a folder on each host's own disk, where they lie instead, with copies at
+            a peer; `~` and environment variables in it are filled in. "": `folder`.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or a variable is not set.
     """
     folder = Path(folder)
-    if jax.process_index() == 0 and (seconds > 0 or folder.is_dir()):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.part"):
-                leftover.unlink()
-        except OSError as error:
-            raise UserError(
-                f"cannot write the snapshots in {folder}: {error.strerror}"
-            ) from error
-    return Snapshots(folder, seconds, log)
+    if not local:
+        if jax.process_index() == 0 and (seconds > 0 or folder.is_dir()):
+            _make(folder)
+        alike = (0,) * jax.process_count()
+        return Snapshots(folder, seconds, log, folder.parent, domain=alike)
+    start, run = from_process_0(lambda: [secrets.token_hex(4), _identity(folder)])
+    own, fault = folder, ""
+    try:
+        own = Path(_filled_in(local)) / run
+        _make(own)
+    except UserError as error:
+        fault = str(error)
+    faults = [text for text in gathered(fault) if text]
+    if faults:  # for all processes, or the others would wait for ever
+        raise UserError(faults[0])
+    domain = peer_copies.domains(own, start)
+    return Snapshots(own, seconds, log, folder.parent, start, domain)
 
 
-# ------------------------------------------------------------------------ writing
+def _make(folder: Path) -> None:
+    """Makes a folder, if it is not there, and clears it of what was cut off."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.part"):
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the snapshots in {folder}: {error.strerror}"
+        ) from error
 
 
-def plan(state: Any, process: int) -> list[tuple[int, Range, int]]:
-    """What a process has to write: each range of each leaf once in the job.
+def _filled_in(path: str) -> str:
+    filled = os.path.expanduser(os.path.expandvars(path))
+    if "$" in filled:
+        raise UserError(
+            f"checkpoint.snapshot_folder is {path!r}, and that variable is not set in "
+            f"process {jax.process_index()}"
+        )
+    return filled
 
-    Where several processes hold a range, it goes to the one with the fewest bytes so
-    far; all processes find the same, by the shardings alone.
 
-    Returns:
-        number of the leaf, range, and place among the leaf's addressable shards.
-    """
-    load: dict[int, int] = collections.Counter()
-    mine = []
-    for number, x in enumerate(jax.tree.leaves(state)):
-        holders: dict[Range, set[int]] = {}
-        for device, index in x.sharding.devices_indices_map(x.shape).items():
-            cut = to_range(index, x.shape)
-            holders.setdefault(cut, set()).add(device.process_index)
-        places = {
-            to_range(shard.index, x.shape): place
-            for place, shard in enumerate(x.addressable_shards)
-        }
-        for cut in sorted(holders):
-            writer = min(holders[cut], key=lambda p: (load[p], p))
-            load[writer] += math.prod(b - a for a, b in cut) * x.dtype.itemsize
-            if writer == process:
-                mine.append((number, cut, places[cut]))
-    return mine
+def _identity(folder: Path) -> str:
+    """The run's name on local disks: a run begun anew does not find the old files."""
+    path = folder / "id"
+    _make(folder)
+    try:
+        if not path.exists():
+            write_text(path, secrets.token_hex(4))
+        return f"{folder.resolve().parents[1].name}-{path.read_text()}"
+    except OSError as error:
+        raise UserError(f"cannot use {path}: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------ reading
 
 
-def _parts(folder: Path) -> dict[tuple[int, int], list[Path]]:
-    """Files by step and number of processes, of those snapshots that have all."""
-    found: dict[tuple[int, int], list[Path]] = {}
-    for path in sorted(folder.glob("*.snapshot")):
-        match = PART.fullmatch(path.name)
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.snapshot")]
+
+
+def _by_key(names: Iterable[str]) -> dict[Key, list[str]]:
+    """Names of files by the snapshot that they belong to, newest first."""
+    found: dict[Key, list[str]] = {}
+    for name in sorted(names):
+        match = PART.fullmatch(name)
         if match:
-            step, _, count = map(int, match.groups())
-            found.setdefault((step, count), []).append(path)
-    return {key: paths for key, paths in found.items() if len(paths) == key[1]}
-
-
-def _prune(folder: Path, keep: int = 2) -> None:
-    """Drops what is older than the newest whole ones."""
-    whole = sorted({step for step, _ in _parts(folder)})
-    if len(whole) > keep:
-        _drop(folder, lambda step: step < whole[-keep])
+            key = Key(int(match[1]), int(match[3]), match[4] or "")
+            found.setdefault(key, []).append(name)
+    return dict(sorted(found.items(), reverse=True))
 
 
 def _drop(folder: Path, which: Callable[[int], bool]) -> None:
-    for path in folder.glob("*.snapshot"):
-        match = PART.fullmatch(path.name)
-        if match and which(int(match[1])):
-            path.unlink(missing_ok=True)
+    for key, names in _by_key(_names(folder)).items():
+        if which(key.step):
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _clear(snapshots: Snapshots, which: Callable[[int], bool]) -> None:
+    """Drops some from every folder, before any process can write anew."""
+    if snapshots.leads:
+        _drop(snapshots.folder, which)
+    gathered("")  # all have
 
 
 def newest(
     snapshots: Snapshots, after: int = -1, log: Log = print
 ) -> tuple[int, int, dict[str, Any]] | None:
     """The newest snapshot that has all its shards, if it is newer than a step.
+
+    On local disks, its files are brought to every folder.
 
     Args:
         snapshots: from `open_snapshots`.
@@ -273,22 +387,38 @@ def newest(
     Returns:
         its step, number of processes and description; the same for all processes.
     """
+    found = _newest(snapshots, after, log)
+    return None if found is None else (found[0].step, found[0].processes, found[2])
 
-    def look() -> list[Any] | None:
-        if not snapshots.folder.is_dir():
-            return None
-        for (step, count), paths in sorted(_parts(snapshots.folder).items())[::-1]:
-            if step <= after:
-                break
-            try:
-                return [step, count, whole_of(paths).description]
-            except ValueError as error:
-                log(f"snapshot {step} is damaged: {error}; an older state is taken")
-                _drop(snapshots.folder, step.__eq__)
-        return None
 
-    found = from_process_0(look)
-    return None if found is None else (found[0], found[1], found[2])
+def _newest(
+    snapshots: Snapshots, after: int, log: Log
+) -> tuple[Key, list[Path], dict[str, Any]] | None:
+    """The same, with its files."""
+    seen = [json.loads(text) for text in gathered(json.dumps(_names(snapshots.folder)))]
+    names = set().union(*seen) if snapshots.start else seen[0]
+    for key, parts in _by_key(names).items():
+        finished = len(parts) == key.processes
+        if key.step <= after or not (finished or snapshots.start):
+            continue
+        if snapshots.start:
+            peer_copies.bring(snapshots.folder, parts, snapshots.domain)
+        paths = [snapshots.folder / name for name in parts]
+        fault, description = from_process_0(functools.partial(_description, paths))
+        if not fault:
+            return key, paths, description
+        if finished:
+            log(f"snapshot {key.step} is damaged: {fault}; an older state is taken")
+            _clear(snapshots, key.step.__eq__)
+    return None
+
+
+def _description(paths: list[Path]) -> tuple[str, dict[str, Any]]:
+    """What is wrong with the files, or the description in them."""
+    try:
+        return "", whole_of(paths).description
+    except ValueError as error:
+        return str(error), {}
 
 
 def restore(
@@ -317,14 +447,11 @@ def restore(
     Raises:
         UserError: the snapshot is of another model, or its arrays are others.
     """
-    while found := newest(snapshots, after, log):
-        step, count, _ = found
-        paths = _parts(snapshots.folder).get((step, count), [])
+    while found := _newest(snapshots, after, log):
+        (step, count, _), paths, _ = found
         state, fault = None, ""
         try:
-            whole = whole_of(paths) if paths else None
-            if whole is None:
-                raise ValueError("its files cannot be seen by every process")
+            whole = whole_of(paths)
             shown = snapshots.folder / f"{step}-*"
             ours = json.loads(json.dumps(description))
             saved = whole.description.get("model")
@@ -333,25 +460,15 @@ def restore(
             state = _placed(whole, abstract_state)
         except (OSError, ValueError) as error:
             fault = str(error) if isinstance(error, ValueError) else first_line(error)
-        faults = [text for text in _gathered(fault) if text]
+        faults = [text for text in gathered(fault) if text]
         if not faults:
             log(f"snapshot {step} of {count} process(es) is newer than checkpoints")
-            _forget(snapshots, step)
+            _clear(snapshots, lambda other, step=step: other > step)
             return state, step
         log(f"snapshot {step} is damaged: {faults[0]}; an older state is taken")
-        _forget(snapshots, step - 1)
-    _forget(snapshots, after)
+        _clear(snapshots, lambda other, step=step: other >= step)
+    _clear(snapshots, lambda other: other > after)
     return None
-
-
-def _forget(snapshots: Snapshots, step: int) -> None:
-    """Drops what is newer than a step, before any process can write anew."""
-
-    def drop() -> None:
-        if snapshots.folder.is_dir():
-            _drop(snapshots.folder, lambda other: other > step)
-
-    from_process_0(drop)
 
 
 def _placed(whole: Whole, abstract_state: Any) -> Any:
@@ -365,7 +482,7 @@ def _placed(whole: Whole, abstract_state: Any) -> Any:
     arrays = []
     for name, x in zip(leaf_types(abstract_state), flat, strict=True):
         pieces = whole.pieces[numbers[name]]
-        read = functools.cache(functools.partial(read_shard, name, x.dtype))
+        read = functools.cache(functools.partial(read_sound, name, x.dtype, pieces))
         parts: dict[Range, np.ndarray] = {}
         for index in x.sharding.addressable_devices_indices_map(x.shape).values():
             assert index is not None
@@ -379,16 +496,3 @@ def _placed(whole: Whole, abstract_state: Any) -> Any:
         array = jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
         arrays.append(array)
     return jax.tree.unflatten(tree, arrays)
-
-
-def _gathered(text: str, size: int = 1024) -> list[str]:
-    """The text of each process, cut off after some bytes."""
-    if jax.process_count() == 1:
-        return [text]
-    from jax.experimental import multihost_utils
-
-    data = np.zeros(size, np.uint8)
-    short = text.encode()[:size]
-    data[: len(short)] = np.frombuffer(short, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(data))
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]

@@ -70,7 +70,10 @@ def _train(
     run, out = made.run, Path(made.run.out)
     description = program.description(made, tokens.tokenizer.fingerprint)
     folder, seconds = out / "checkpoints/snapshots", run.checkpoint.snapshot_seconds
-    hot = stack.enter_context(snapshot.open_snapshots(folder, seconds, say))
+    local = run.checkpoint.snapshot_folder
+    hot = stack.enter_context(
+        snapshot.open_snapshots(folder, seconds, say, local=local)
+    )
     saved = stack.enter_context(
         contextlib.closing(
             checkpoint.open_checkpoints(

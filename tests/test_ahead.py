@@ -18,6 +18,7 @@ def entries(tmp_path):
     return sorted(p.name for p in (tmp_path / "xla").glob("*-cache"))
 
 
+@pytest.mark.slow
 def test_one_process_compiles_nothing_that_two_have_compiled_for_it(
     tmp_path, monkeypatch
 ):

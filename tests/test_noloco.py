@@ -141,6 +141,7 @@ def one_exchange(phi, theta, m, replicas, **settings):
     )(theta, state)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31),

@@ -8,6 +8,9 @@ import pytest
 from benchmarks import noloco_convergence as convergence
 
 
+pytestmark = pytest.mark.slow  # three minutes of training for all of them
+
+
 @pytest.fixture(scope="module")
 def results():
     options = convergence.Options(steps=1000, rows=2, corpus="stdlib")

@@ -401,6 +401,7 @@ def test_a_count_that_varies_is_refused_when_traced():
         tx.update(params, wrong, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [8])
 def test_state_survives_jit_eager_and_abstract_init(replicas):
     tx = noloco(optax.adam(1e-2), axis_size=replicas, inner_steps=2)

@@ -115,6 +115,7 @@ def odd(form, size, dtype=jnp.float32):
     return arrays(size * 12, k, n, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("size", "mode"), [(2, "on_wait"), (4, "eager"), (4, "on_wait")]
@@ -287,6 +288,7 @@ def test_lowers_for_tpu_without_one(form):
     assert lowered.as_text().count("@tpu_custom_call") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.requires("libtpu")
 @pytest.mark.parametrize(("target", "axes"), bench.TARGETS)
 def test_compiles_for_tpu_as_one_kernel_each(target, axes):

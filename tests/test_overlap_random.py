@@ -408,6 +408,7 @@ POLICIES = [
 WAYS = st.builds(Way, st.sampled_from(POLICIES), st.booleans(), st.booleans())
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=20,
     deadline=None,
@@ -421,11 +422,13 @@ def test_a_random_program_is_the_same(program, way):
     hypothesis.target(float(len(found.rewritten)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_fixed_program_is_the_same(seed):
     check(seeded(seed), Way(POLICIES[seed + 1], inside=seed % 2 == 0, around=True))
 
 
+@pytest.mark.slow
 def test_the_drawn_programs_are_of_all_kinds_and_are_rewritten():
     """Else the tests above could pass because nothing was rewritten."""
     forms, rings, seen = (collections.Counter() for _ in range(3))

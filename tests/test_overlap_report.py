@@ -44,6 +44,7 @@ def refused(*arguments: str) -> tuple[int, str]:
     return process.returncode, lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.requires("libtpu")
 def test_on_tpu_all_of_a_training_step_is_covered():
     mesh = ["--mesh.tensor", "4", "--target", "tpu:v5e:2x2"]
@@ -63,6 +64,7 @@ def test_on_tpu_all_of_a_training_step_is_covered():
     assert all(x["where"] and x["reason"] for x in ring["left"])
 
 
+@pytest.mark.slow
 @pytest.mark.requires("jax_cuda13_plugin")
 def test_on_gpu_all_of_a_training_step_is_covered():
     mesh = ["--mesh.tensor", "8", "--target", "cuda:h100:8"]

@@ -66,6 +66,7 @@ def compiled(target, form, flags="recommended", options=WHOLE):
 PERMUTES = {"": 21, "-gradient": 48}
 
 
+@pytest.mark.slow
 @pytest.mark.requires("libtpu")
 @pytest.mark.parametrize("form", PERMUTES)
 def test_on_tpu_every_permute_has_a_product(form):
@@ -112,6 +113,7 @@ def test_sums_in_float32_are_hidden_as_well():
     assert not ring["synchronous"]
 
 
+@pytest.mark.slow
 @pytest.mark.requires("jax_cuda13_plugin")
 def test_on_gpu_the_barriers_keep_the_ring_and_the_textbook_loses_it():
     ring = compiled(bench.GPU, "ring")

@@ -221,6 +221,7 @@ def test_what_is_refused():
         run(case, DEFAULT, "magic")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_beside_the_paper():
     """What agrees, within what, and that what does not agree is still shown."""
     report = bench.compare(DEFAULT)

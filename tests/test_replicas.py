@@ -68,6 +68,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "fields"), MESHES)
 def test_nothing_but_the_exchange_crosses_replicas(shape, fields):
     made = program_of(mesh=config.MeshShape(**shape), **fields)
@@ -97,6 +98,7 @@ def test_nothing_but_the_exchange_crosses_replicas(shape, fields):
     assert all(jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "fields"), MESHES[1:])
 def test_other_axes_do_not_change_the_numbers(shape, fields):
     def run(shape):
@@ -145,6 +147,7 @@ def test_a_replica_that_is_not_finite_harms_no_other():
     assert np.isfinite(values["replica_std"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_its_exchanges(tmp_path):
     lines = []
     run = tiny(tmp_path, steps=12)
@@ -186,6 +189,7 @@ def test_a_trained_model_is_the_mean_of_its_replicas(tmp_path):
     assert math.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_replicas_of_one(tmp_path):
     alone = tiny(tmp_path, replica=4, steps=9)
     code, _, error = runs.finish(runs.launch(alone, devices=4))
@@ -205,6 +209,7 @@ def test_two_processes_hold_the_replicas_of_one(tmp_path):
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", ["round_robin", "all"])
 def test_killed_within_a_round_it_ends_with_the_same_numbers(tmp_path, pairing):
     """Another process goes on from step 37, seven steps after an exchange."""
@@ -243,6 +248,7 @@ def test_killed_within_a_round_it_ends_with_the_same_numbers(tmp_path, pairing):
     assert exchanges(cut) == exchanges(whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_replicas(tmp_path):
     lines = []
     run = tiny(tmp_path, steps=6)

@@ -69,24 +69,21 @@ def run_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "config.py").write_text(CONFIG.format(out=str(folder / "run")))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    program = subprocess.Popen(
-        [sys.executable, "scripts/train.py", str(folder / "config.py")],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    said = folder / "said"  # a pipe that nobody reads would stop it once it is full
+    with open(said, "w") as output:
+        program = subprocess.Popen(
+            [sys.executable, "scripts/train.py", str(folder / "config.py")],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        said = []
-        for line in program.stdout:
-            said.append(line)
-            if found := re.search(
-                r"page: (http://127\.0\.0\.1:\d+/)\?token=(\S+)", line
-            ):
-                break
-        else:
-            pytest.fail("the run ended: " + "".join(said))
+        page = re.compile(r"page: (http://127\.0\.0\.1:\d+/)\?token=(\S+)\n")
+        while not (found := page.search(said.read_text())):
+            if program.poll() is not None:
+                pytest.fail("the run ended: " + said.read_text())
+            time.sleep(0.05)
         yield found[1], found[2], folder / "run"
     finally:
         program.send_signal(signal.SIGTERM)
@@ -95,7 +92,6 @@ def run_page(tmp_path_factory):
         except subprocess.TimeoutExpired:
             program.kill()
             program.wait()
-        program.stdout.close()
 
 
 def status(url: str, data: bytes | None = None, **headers: str) -> int:

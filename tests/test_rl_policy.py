@@ -129,6 +129,7 @@ def test_what_is_no_action_is_refused():
 # ------------------------------------------------------------------ probabilities
 
 
+@pytest.mark.slow
 def test_probabilities_of_all_actions_sum_to_one():
     policy, params, _, score = built()
     said = np.array(list(all_tokens()), np.int32)
@@ -251,6 +252,7 @@ def test_blocks_and_patches_are_those_of_the_pixels():
         np.testing.assert_array_equal(large[:, r, c], wanted)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=20, deadline=None)
 def test_what_is_around_and_in_line_with_a_cell_are_maxima(rows, columns):
@@ -325,6 +327,7 @@ def checkpoint(tmp_path):
     return tmp_path, model, params
 
 
+@pytest.mark.slow
 def test_a_run_with_a_language_model(checkpoint, tmp_path):
     """Through all processes: hosts tokenize, workers and the learner read."""
     folder, _, _ = checkpoint
@@ -353,6 +356,7 @@ def test_a_run_with_a_language_model(checkpoint, tmp_path):
     assert found["success"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_a_language_model_reads_the_instruction(checkpoint, train):
     folder, model, weights = checkpoint

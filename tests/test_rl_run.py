@@ -128,6 +128,7 @@ def check_store(run):
     return versions, counts
 
 
+@pytest.mark.slow
 def test_without_lag_it_is_synchronous_grpo_to_the_bit_whatever_dies(tmp_path):
     run, lines = tiny(tmp_path / "run"), []
     watch = killer("host0", "worker1", "worker0")
@@ -152,6 +153,7 @@ def test_without_lag_it_is_synchronous_grpo_to_the_bit_whatever_dies(tmp_path):
     assert config.load(f"{run.out}/config.json") == run
 
 
+@pytest.mark.slow
 def test_a_killed_learner_goes_on_and_uses_nothing_twice(tmp_path):
     run = tiny(
         tmp_path / "run",

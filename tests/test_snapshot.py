@@ -22,8 +22,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxlab import program, shards
 from jaxlab.config import Checkpoint, Evaluate
 from jaxlab.errors import UserError
+from jaxlab.peer_copies import plan
 from jaxlab.shards import Header, Piece, assembled, read_header, read_shard, write
-from jaxlab.snapshot import interval, newest, open_snapshots, plan, restore
+from jaxlab.snapshot import interval, newest, open_snapshots, restore
 from tests.runs import ROOT, finish, launch, losses, spoken, tiny
 
 MODEL = {"model": {"layers": 4}}
@@ -113,7 +114,9 @@ def test_one_process_writes_each_range_once():
     state = make_state()
     leaves = jax.tree.leaves(state)
     size = {number: 0 for number in range(len(leaves))}
-    for number, cut, place in plan(state, 0):
+    mine = plan(leaves, 0, [0])
+    assert mine.copies == mine.moved == () and mine.alone == 0
+    for number, cut, place in mine.own:
         shard = leaves[number].addressable_shards[place]
         assert shards.to_range(shard.index, leaves[number].shape) == cut
         size[number] += shard.data.size
@@ -284,6 +287,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 # ------------------------------------------------------------------- real processes
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_seconds_and_ends_with_the_same_weights(tmp_path):
     every = Checkpoint(every=0, snapshot_seconds=0.05)
     run = tiny(tmp_path, steps=100, checkpoint=every, evaluate=Evaluate(every=0))

@@ -52,6 +52,7 @@ def test_cross_entropy_equals_numpy(seed, scale, rows):
     np.testing.assert_allclose(nll, want, rtol=1e-5, atol=2e-6 * scale + 1e-6)
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_unmasked_targets_of_all_micro_batches(params):
     batch = make_batch(a=2)
     _, loss = mean_gradient(params, batch, apply=apply)
@@ -72,6 +73,7 @@ def test_masked_targets_have_no_gradient(params):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 4])
 def test_accumulation_does_not_change_the_gradient(params, cut):
     whole = make_batch(b=8)

@@ -116,6 +116,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "fields", "rows"), CASES.values(), ids=CASES.keys())
 def test_loss_and_gradient_are_those_of_one_device(sizes, fields, rows):
     model = config.resolve_model(dataclasses.replace(SMALL, **fields), 64)
@@ -124,6 +125,7 @@ def test_loss_and_gradient_are_those_of_one_device(sizes, fields, rows):
     close(got, on_one_device(model, z_loss=1e-3)(params, batch), 2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_on_one_device():
     exact = config.resolve_model(dataclasses.replace(SMALL, scan=True), 64)
     model = dataclasses.replace(exact, dtype="bfloat16", remat="dots")
@@ -228,6 +230,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "fields"), PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_a_run_by_hand_has_the_curve_of_one_by_the_partitioner(mesh, fields):
     got, wanted = (curve(made(how, mesh, **fields)) for how in ("plain", "off"))
@@ -264,6 +267,7 @@ def test_no_device_computes_on_the_rows_of_others():
     assert "f32[16,16,32]" not in text and "f32[16,8,32]" not in text
 
 
+@pytest.mark.slow
 def test_rings_have_the_curve_of_the_plain_collectives():
     """Also with replicas that drift apart, and fsdp inside each."""
     mesh = dict(replica=2, data=1, fsdp=2, tensor=2)
@@ -285,6 +289,7 @@ def test_with_one_device_there_is_nothing_to_do(tmp_path):
     assert "tensor    one device: parallel.overlap ring has nothing to do" in lines
 
 
+@pytest.mark.slow
 def test_a_run_by_hand_can_go_on_without(tmp_path):
     """Evaluation, samples and checkpoints do not know who placed the collectives."""
     lines = []

@@ -95,6 +95,7 @@ def test_resumed_run_is_bit_equal(reference, tmp_path, first):
     assert losses(run.out) == losses(reference[0].out)
 
 
+@pytest.mark.slow
 def test_finished_run_says_so_and_can_be_prolonged(reference, tmp_path):
     run = dataclasses.replace(
         reference[0],
@@ -126,6 +127,7 @@ def test_every_mesh_gives_the_same_curve(reference, tmp_path, shape):
     np.testing.assert_allclose(losses(run.out), losses(reference[0].out), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_and_scan_give_the_same_curve(reference, tmp_path):
     run = dataclasses.replace(
         reference[0], out=str(tmp_path / "run"), batch=16, mesh=MeshShape(fsdp=4)
@@ -136,6 +138,7 @@ def test_accumulation_and_scan_give_the_same_curve(reference, tmp_path):
     np.testing.assert_allclose(losses(cut.out), losses(run.out), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_resumes_onto_another_mesh(reference, tmp_path):
     run = dataclasses.replace(
         reference[0],
@@ -178,6 +181,7 @@ def wait_for_step(run, step, seconds=120):
     raise AssertionError(f"{path} did not reach step {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signalled_run_goes_on_to_the_same_weights(tmp_path, number):
     run = tiny(tmp_path, steps=400, log_every=5, checkpoint=Checkpoint(every=20))
@@ -202,6 +206,7 @@ def test_a_signalled_run_goes_on_to_the_same_weights(tmp_path, number):
     assert losses(run.out) == losses(whole.out)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_and_saves_both(tmp_path):
     run = tiny(tmp_path, steps=100_000, log_every=5, checkpoint=Checkpoint(every=0))
     pair = launch_pair(run)

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_a_job_runs_on_agents_that_ray_hosts(tmp_path, monkeypatch):
     """It runs, an agent is killed and its workers with it, and it goes on."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

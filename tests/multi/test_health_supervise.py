@@ -127,6 +127,7 @@ def test_a_job_that_ends_ends_well(job):
     assert (made.folder / "steps").read_text().splitlines()[-1] == "3 20"
 
 
+@pytest.mark.slow
 def test_kill_stop_and_stuck_are_named_and_survived(job):
     made = job("--sizes", "1", "2", "3")
     first = made.steps(0)
@@ -151,6 +152,7 @@ def test_kill_stop_and_stuck_are_named_and_survived(job):
     assert gone(fourth)
 
 
+@pytest.mark.slow
 def test_two_faults_at_once_on_two_hosts(job, tmp_path):
     (tmp_path / "hosts.txt").write_text("a 127.0.0.1\nb 127.0.0.1  # here as well\n")
     # Any prefix starts an agent; `env` does it on this machine.
@@ -172,6 +174,7 @@ def test_two_faults_at_once_on_two_hosts(job, tmp_path):
     assert kinds[:2] == ["diagnosis", "restart"]
 
 
+@pytest.mark.slow
 def test_without_a_supervisor_a_stuck_rank_hangs_the_job_for_ever(tmp_path):
     """JAX issue 38503: heartbeats go on, so nobody ends it."""
     heartbeat = 2
@@ -204,6 +207,7 @@ def test_without_a_supervisor_a_stuck_rank_hangs_the_job_for_ever(tmp_path):
             worker.wait()
 
 
+@pytest.mark.slow
 def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_path):
     """After a restart: what a run from that checkpoint on as many processes does."""
     run = tmp_path / "run"
@@ -242,6 +246,7 @@ def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_p
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_throttled_worker_of_the_trainer_is_named(tmp_path):
     """As a newcomer would: it knows a healthy step, then gets a slow rank.
 
@@ -301,6 +306,7 @@ def throttled(made, patience=90.0):
     return [e["ranks"] for e in made.events("diagnosis") if e["ranks"]]
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_is_killed_is_succeeded(job):
     made = job()
     workers = made.steps(0)
@@ -316,6 +322,7 @@ def test_a_supervisor_that_is_killed_is_succeeded(job):
     made.steps(1)
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_is_killed_for_good_leaves_no_orphans(job):
     made = job("--patience", "5")
     workers = made.steps(0)
@@ -324,6 +331,7 @@ def test_a_supervisor_that_is_killed_for_good_leaves_no_orphans(job):
     assert gone([*workers, agent])
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_leaves_no_orphans_and_is_replaced(job):
     made = job()
     workers = made.steps(0)

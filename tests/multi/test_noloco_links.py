@@ -23,6 +23,7 @@ def command(*options):
     return [sys.executable, str(FILE), *options]
 
 
+@pytest.mark.slow
 def test_what_processes_send_and_compute(links):
     """16 MiB of parameters: 4 MiB of int8."""
     shape = ("--processes", "4", "--rates", "1000", "--sizes", "16", "--rounds", "2")
@@ -45,6 +46,7 @@ def test_what_processes_send_and_compute(links):
     assert sent["all_reduce"] == 24 * 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(links, number):
     # The job runs when it says so, and this goes on for minutes.

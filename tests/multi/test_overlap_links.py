@@ -27,6 +27,7 @@ def order(**times):
     return [" ".join(w.replace("_", " ") for w, n in times.items() for _ in range(n))]
 
 
+@pytest.mark.slow
 def test_all_forms_do_the_same_work_in_their_order(links):
     done = subprocess.run(
         command("--quick"), capture_output=True, text=True, timeout=240

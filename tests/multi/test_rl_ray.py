@@ -33,6 +33,7 @@ def train(out):
     assert not watch.left
 
 
+@pytest.mark.slow
 @pytest.mark.requires("ray")
 def test_a_run_on_ray_survives_the_death_of_an_actor(tmp_path):
     """In a process of its own: Ray warns of threads and sockets as it likes."""
