@@ -202,6 +202,7 @@ def start_pair(run, monkeypatch):
     return processes
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_host_is_lost_with_its_disk(tmp_path, monkeypatch):
     hot = Checkpoint(every=0, snapshot_seconds=0.05, snapshot_folder="$DISK")
     run = tiny(tmp_path, steps=120, checkpoint=hot, evaluate=Evaluate(every=0),
