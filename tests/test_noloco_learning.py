@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import noloco_convergence as convergence
 
-
 pytestmark = pytest.mark.slow  # three minutes of training for all of them
 
 

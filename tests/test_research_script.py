@@ -1,6 +1,7 @@
 """scripts/research.py as a person meets it: messages, exit codes, one-line errors."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,27 @@ def test_bad_usage_is_told_in_a_line(tmp_path, arguments, words):
     assert ran.stderr.startswith("error: ") and words in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
     assert not (tmp_path / "ws/journal.jsonl").exists()
+
+
+def test_an_installed_package_takes_the_configs_of_the_checkout(tmp_path):
+    """`pip install .` puts it elsewhere, and scripts/ and configs/ stay."""
+    installed = tmp_path / "site"
+    shutil.copytree(ROOT / "jaxlab", installed / "jaxlab")
+
+    def asked(folder, workspace):
+        question = "does gpt_tiny beat nonsense?"
+        return subprocess.run(
+            [sys.executable, ROOT / "scripts/research.py", "run", question,
+             "--workspace", workspace],
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    ran = asked(ROOT, tmp_path / "here")
+    assert ran.returncode == 5 and "'nonsense' names no config" in ran.stdout
+    assert "gpt_noloco" in ran.stdout
+    ran = asked(tmp_path, tmp_path / "there")
+    assert ran.returncode == 5 and "start this in a checkout of jaxlab" in ran.stdout
 
 
 @pytest.mark.parametrize("command", ["status", "cost", "log", "resume", "say"])

@@ -25,7 +25,19 @@ from jaxlab.research.tool import Context, Result, tool
 from jaxlab.research.types import Arm, Comparison, Plan, Ref, ToolError
 from jaxlab.research.workspace import Workspace
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _checkout() -> Path:
+    """Where scripts/ and configs/ are: around the package, or where one stands.
+
+    `pip install .` puts the package elsewhere.
+    """
+    around = PACKAGE.parent
+    return around if (around / "scripts/train.py").is_file() else Path.cwd()
+
+
+CHECKOUT = _checkout()
 LIMITS = {"wall": 6 * 3600.0, "cpu": 48 * 3600.0, "memory": 64e9, "disk": 20e9}
 ENVIRONMENT = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|PYTHONPATH|VIRTUAL_ENV|LD_LIBRARY_PATH"
@@ -52,8 +64,8 @@ def code_fingerprint(trainer: Path) -> str:
     """
     sha = hashlib.sha256(trainer.read_bytes())
     if trainer.is_relative_to(CHECKOUT):
-        for path in sorted((CHECKOUT / "jaxlab").rglob("*.py")):
-            name = str(path.relative_to(CHECKOUT))
+        for path in sorted(PACKAGE.rglob("*.py")):
+            name = str(path.relative_to(PACKAGE.parent))
             if not name.startswith("jaxlab/research/"):
                 sha.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     sha.update(
@@ -145,8 +157,22 @@ def _config_path(name: str, context: Context) -> Path:
         path.parent == CHECKOUT / "configs" and path.suffix == ".py" and path.is_file()
     ):
         return path
-    have = ", ".join(sorted(p.name for p in (CHECKOUT / "configs").glob("*.py")))
+    have = ", ".join(p.name for p in shipped_configs())
     raise ToolError(f"no config {name!r}: give configs/NAME.py, one of {have}")
+
+
+def shipped_configs() -> list[Path]:
+    """The configs of the checkout, by name.
+
+    Raises:
+        ToolError: there are none, as this is no checkout.
+    """
+    found = sorted((CHECKOUT / "configs").glob("*.py"))
+    if not found:
+        raise ToolError(
+            f"there are no configs in {CHECKOUT}: start this in a checkout of jaxlab"
+        )
+    return found
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -283,9 +283,7 @@ def config_of(word: str, context: Context) -> str:
     """The path of a config that a word names."""
     if word.endswith(".py") or "/" in word:
         return word
-    stems = {
-        p.stem: f"configs/{p.name}" for p in (plans.CHECKOUT / "configs").glob("*.py")
-    }
+    stems = {p.stem: f"configs/{p.name}" for p in plans.shipped_configs()}
     named = {Path(c).stem: str(c) for c in context.options.get("configs", ())}
     stems |= named
     fits = [s for s in stems if word.lower() == s.lower()]
