@@ -69,10 +69,10 @@ def test_an_installed_package_takes_the_configs_of_the_checkout(tmp_path):
         )  # fmt: skip
 
     ran = asked(ROOT, tmp_path / "here")
-    assert ran.returncode == 5 and "'nonsense' names no config" in ran.stdout
-    assert "gpt_noloco" in ran.stdout
+    assert ran.returncode == 5 and "'nonsense' names no config" in ran.stderr
+    assert "gpt_noloco" in ran.stderr
     ran = asked(tmp_path, tmp_path / "there")
-    assert ran.returncode == 5 and "start this in a checkout of jaxlab" in ran.stdout
+    assert ran.returncode == 5 and "start this in a checkout of jaxlab" in ran.stderr
 
 
 @pytest.mark.parametrize("command", ["status", "cost", "log", "resume", "say"])
