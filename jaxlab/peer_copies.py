@@ -6,7 +6,8 @@ held by devices of two domains anyway, both write it; any other is sent, by one
 permutation over the devices' own links, to a device of another domain. Before a start
 all folders get the files of the newest snapshot that only others have.
 
-All functions here are collective: every process of the job has to call them.
+`gathered`, `domains`, `bring` and what `permuted` makes are collective: every process of
+the job has to call them.
 """
 
 import contextlib
@@ -188,40 +189,48 @@ def bring(folder: Path, names: Sequence[str], domain: Sequence[int]) -> None:
         names: of files in it, the same on every process.
         domain: of each process.
     """
-    from jax.experimental import multihost_utils
-
     me = jax.process_index()
     mine = [_size(folder / name) for name in names]
     told = [json.loads(text) for text in gathered(json.dumps(mine))]
     for at, name in enumerate(names):
         sizes = [row[at] for row in told]
-        size, source = max(sizes), sizes.index(max(sizes))
-        if size < 0 or min(sizes) >= 0:
-            continue
-        chunk = min(CHUNK, _power_of_two(size))
-        part = (folder / name).with_suffix(".part")
-        with contextlib.ExitStack() as stack:
-            read = (
-                stack.enter_context(open(folder / name, "rb")) if me == source else None
-            )
-            write = None
-            if mine[at] < 0 and me == domain[me]:
-                with contextlib.suppress(OSError):
-                    write = stack.enter_context(open(part, "wb"))
-            for offset in range(0, size, chunk):
-                block = np.zeros(chunk, np.uint8)
-                if read is not None:
-                    data = read.read(chunk)
-                    block[: len(data)] = np.frombuffer(data, np.uint8)
-                block = multihost_utils.broadcast_one_to_all(block, me == source)
-                if write is not None:
-                    try:
-                        write.write(np.asarray(block)[: size - offset].data)
-                    except OSError:
-                        write = None  # a full disk: the file stays a part
-        if write is not None:
-            os.replace(part, folder / name)
+        if min(sizes) < 0 <= max(sizes):
+            receives = mine[at] < 0 and me == domain[me]
+            _broadcast(folder / name, max(sizes), sizes.index(max(sizes)), receives)
     gathered("")  # all have what they lacked
+
+
+def _broadcast(path: Path, size: int, source: int, receives: bool) -> None:
+    """A file of one process to all that receive it.
+
+    Whatever a disk does, every process has to take part to the end: what could not be
+    read is sent as zeros, which the sums of the shards show.
+    """
+    from jax.experimental import multihost_utils
+
+    part, sends = path.with_suffix(".part"), jax.process_index() == source
+    chunk = min(CHUNK, _power_of_two(size))
+    with contextlib.ExitStack() as stack:
+        read = written = None
+        with contextlib.suppress(OSError):
+            if sends:
+                read = stack.enter_context(open(path, "rb"))
+            if receives:
+                written = stack.enter_context(open(part, "wb"))
+        for offset in range(0, size, chunk):
+            block = np.zeros(chunk, np.uint8)
+            if read is not None:
+                with contextlib.suppress(OSError):
+                    data = np.frombuffer(read.read(chunk), np.uint8)
+                    block[: data.size] = data
+            block = np.asarray(multihost_utils.broadcast_one_to_all(block, sends))
+            if written is not None:
+                try:
+                    written.write(block[: size - offset].data)
+                except OSError:  # a full disk: the file stays a part
+                    written = None
+    if written is not None:
+        os.replace(part, path)
 
 
 def _size(path: Path) -> int:

@@ -1,5 +1,6 @@
 """Which rollouts begin and when, and what becomes of a group: pure, or on SQLite."""
 
+import contextlib
 import os
 from random import Random
 
@@ -92,14 +93,21 @@ def unsynced(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def planner(tmp_path, **fields):
-    run = RLRun(out=str(tmp_path), envs=Envs(tasks=("click", "color")), **fields)
-    store = Store(tmp_path)
-    store.database.query("PRAGMA synchronous = OFF")
-    return Planner(run, store), store
+@pytest.fixture
+def planner():
+    """Makes a planner and its store, which is closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def made(folder, **fields):
+            run = RLRun(out=str(folder), envs=Envs(tasks=("click", "color")), **fields)
+            store = stack.enter_context(Store(folder))
+            store.database.query("PRAGMA synchronous = OFF")
+            return Planner(run, store), store
+
+        yield made
 
 
-def test_nothing_begins_before_there_are_weights(tmp_path):
+def test_nothing_begins_before_there_are_weights(planner, tmp_path):
     plan, store = planner(tmp_path)
     assert plan.plan(8, 0, 0) == []
     store.publish(0, 0, "weights/0", "00")
@@ -111,7 +119,7 @@ def test_nothing_begins_before_there_are_weights(tmp_path):
     assert {t.task for t in plan.plan(8, 7, 0)} == {"color"}
 
 
-def test_a_batch_begins_as_a_whole_and_the_same_in_every_run(tmp_path):
+def test_a_batch_begins_as_a_whole_and_the_same_in_every_run(planner, tmp_path):
     runs = []
     for name in ("a", "b"):
         plan, store = planner(tmp_path / name, rollout=Rollout(mode="batch"), groups=3)
@@ -121,7 +129,7 @@ def test_a_batch_begins_as_a_whole_and_the_same_in_every_run(tmp_path):
     assert runs[0] == runs[1] and len(runs[0]) == 24
 
 
-def test_a_paused_task_does_not_begin(tmp_path):
+def test_a_paused_task_does_not_begin(planner, tmp_path):
     plan, store = planner(tmp_path)
     store.publish(0, 0, "weights/0", "00")
     store.pause("click")
@@ -130,7 +138,7 @@ def test_a_paused_task_does_not_begin(tmp_path):
     assert plan.plan(8, 0, 8) == [] == plan.plan(8, 0, 0)
 
 
-def test_a_task_that_is_behind_goes_first(tmp_path):
+def test_a_task_that_is_behind_goes_first(planner, tmp_path):
     plan, store = planner(tmp_path, rollout=Rollout(max_lag=4))
     store.publish(0, 0, "weights/0", "00")
     add_done(store, task="click")  # ready: the learner has enough of it
@@ -142,7 +150,7 @@ def test_a_task_that_is_behind_goes_first(tmp_path):
     [("rollout", 0), ("rollout", 1), ("rollout", 2), ("rollout", 4), ("task", 1)]
     + [("batch", 1)],
 )
-def test_the_bound_on_lag_holds_whatever_the_order(tmp_path, mode, max_lag):
+def test_the_bound_on_lag_holds_whatever_the_order(planner, tmp_path, mode, max_lag):
     """A learner, and environments that finish in any order with weights of any age."""
     plan, store = planner(
         tmp_path, rollout=Rollout(max_lag=max_lag, mode=mode), groups=2

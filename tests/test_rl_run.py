@@ -1,6 +1,7 @@
 """Whole runs: all processes, on the embedded interface, with a tiny policy."""
 
 import collections
+import contextlib
 import os
 import signal
 
@@ -65,7 +66,11 @@ def played(run, policy, act, params, version, ticket, env, root) -> list:
 
 def synchronous(run: RLRun, folder) -> list:
     """The weights of each version of textbook GRPO: act, then update, and so on."""
-    store, env = Store(folder), make_env(run.envs)
+    with Store(folder) as store, contextlib.closing(make_env(run.envs)) as env:
+        return _synchronous(run, store, env)
+
+
+def _synchronous(run, store, env):
     policy = run.policy.build(env.observation_space)
     act = jax.jit(lambda p, i, w, k: policy.act(p, i, w, k, run.rollout.temperature))
     root = jax.random.key(run.seed)
@@ -87,8 +92,6 @@ def synchronous(run: RLRun, folder) -> list:
         with store.database.transaction() as t:
             t.run("UPDATE grouping SET state = 'USED'")
         store.publish(version + 1, version + 1, "none", "00")
-    store.close()
-    env.close()
     return versions
 
 
@@ -109,23 +112,22 @@ def killer(*names):
 
 def check_store(run):
     """What holds of every run: once stored, once used, and not too old."""
-    store = Store(run.out, run.store)
-    query = store.database.query
-    paths = query("SELECT rollout, path, sha256 FROM trajectory")
-    assert len({row[0] for row in paths}) == len(paths)
-    done = {row[0] for row in query("SELECT id FROM rollout WHERE state = 'DONE'")}
-    assert done == {row[0] for row in paths}
-    assert figures.largest_lag(store.database) <= run.rollout.max_lag
-    assert not query("SELECT id FROM grouping WHERE state = 'TRAINED'")
-    used = query(
-        "SELECT COUNT(*), COUNT(DISTINCT grouping.lease) FROM grouping"
-        " WHERE state = 'USED'"
-    )
-    assert used == [(run.steps * run.groups, run.steps)]
-    versions = query("SELECT version, step, saved FROM checkpoint ORDER BY version")
-    counts = figures.group_counts(store.database)
-    store.close()
-    return versions, counts
+    with Store(run.out, run.store) as store:
+        query = store.database.query
+        paths = query("SELECT rollout, path, sha256 FROM trajectory")
+        assert len({row[0] for row in paths}) == len(paths)
+        done = {row[0] for row in query("SELECT id FROM rollout WHERE state = 'DONE'")}
+        assert done == {row[0] for row in paths}
+        assert figures.largest_lag(store.database) <= run.rollout.max_lag
+        assert not query("SELECT id FROM grouping WHERE state = 'TRAINED'")
+        used = query(
+            "SELECT COUNT(*), COUNT(DISTINCT grouping.lease) FROM grouping"
+            " WHERE state = 'USED'"
+        )
+        assert used == [(run.steps * run.groups, run.steps)]
+        versions = query("SELECT version, step, saved FROM checkpoint ORDER BY version")
+        counts = figures.group_counts(store.database)
+        return versions, counts
 
 
 @pytest.mark.slow
@@ -138,9 +140,8 @@ def test_without_lag_it_is_synchronous_grpo_to_the_bit_whatever_dies(tmp_path):
     assert [v[0] for v in versions] == [0, 1, 2, 3]
     assert counts["USED"] == 6
     expected = synchronous(run, tmp_path / "alone")
-    store = Store(run.out)
-    newest = figures.latest(store.database)
-    store.close()
+    with Store(run.out) as store:
+        newest = figures.latest(store.database)
     got = load_weights(f"{run.out}/{newest.path}", newest.sha256, expected[-1])
     jax.tree.map(np.testing.assert_array_equal, got, expected[-1])
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), expected[0], expected[-1])

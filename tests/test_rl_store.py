@@ -51,9 +51,8 @@ def clock():
 
 @pytest.fixture
 def store(address, tmp_path, clock):
-    store = Store(tmp_path / "run", address, clock)
-    yield store
-    store.close()
+    with Store(tmp_path / "run", address, clock) as store:
+        yield store
 
 
 def keep_all(group, task, rewards, pool):
@@ -338,28 +337,32 @@ def test_events_and_steps_are_kept(store):
 
 
 def _take(folder, address, name, results):
-    store = Store(folder, address)
-    taken, idle = [], 0
-    while idle < 20:
-        found = lease(store, 2, consumer=name)
-        if found is None:
-            idle += 1
-            time.sleep(0.02)
-            continue
-        taken += [m.rollout for group in found.groups for m in group]
-    results.put(taken)
+    with Store(folder, address) as store:
+        taken, idle = [], 0
+        while idle < 20:
+            found = lease(store, 2, consumer=name)
+            if found is None:
+                idle += 1
+                time.sleep(0.02)
+                continue
+            taken += [m.rollout for group in found.groups for m in group]
+        results.put(taken)
 
 
 def _hand_in(folder, address, rollouts):
-    store = Store(folder, address)
-    for ticket in store.queued():
-        if ticket.rollout in rollouts:
-            finish(store, ticket)
+    with Store(folder, address) as store:
+        for ticket in store.queued():
+            if ticket.rollout in rollouts:
+                finish(store, ticket)
 
 
 def test_processes_share_a_store_and_each_trajectory_is_taken_once(address, tmp_path):
     folder = tmp_path / "run"
-    store = Store(folder, address)
+    with Store(folder, address) as store:
+        _share(store, folder, address)
+
+
+def _share(store, folder, address):
     tickets = [ticket for _ in range(20) for ticket in add(store)]
     ids = [t.rollout for t in tickets]
     results = SPAWN.Queue()
@@ -383,27 +386,25 @@ def test_processes_share_a_store_and_each_trajectory_is_taken_once(address, tmp_
     assert found == set(ids)
     left = counts(store)
     assert left.get("READY", 0) * 2 + len(taken) == len(ids)
-    store.close()
 
 
 def _die_with_a_lease(folder, address):
-    store = Store(folder, address)
-    with store.database.transaction() as t:
-        t.run("UPDATE grouping SET state = 'LEASED' WHERE state = 'READY'")
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+    with Store(folder, address) as store:
+        with store.database.transaction() as t:
+            t.run("UPDATE grouping SET state = 'LEASED' WHERE state = 'READY'")
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
 
 
 def test_a_killed_process_leaves_nothing_half_done(address, tmp_path):
-    store = Store(tmp_path, address)
-    add_done(store)
-    process = SPAWN.Process(target=_die_with_a_lease, args=(tmp_path, address))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -9
-    assert counts(store) == {"READY": 1}
-    assert lease(store) is not None
-    store.close()
+    with Store(tmp_path, address) as store:
+        add_done(store)
+        process = SPAWN.Process(target=_die_with_a_lease, args=(tmp_path, address))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -9
+        assert counts(store) == {"READY": 1}
+        assert lease(store) is not None
 
 
 # ------------------------------------------------------------------ errors

@@ -160,9 +160,8 @@ def load_actor(folder: str | Path, run: RLRun, space: Any) -> tuple[Actor, int]:
     from jaxlab.rl.weights import load_weights
 
     policy = run.policy.build(space)
-    store = Store(folder, run.store)
-    newest = figures.latest(store.database)
-    store.close()
+    with Store(folder, run.store) as store:
+        newest = figures.latest(store.database)
     if newest is None:
         raise UserError(f"{folder} has no weights yet; train it first")
     shapes = jax.eval_shape(policy.init, jax.random.key(0))

@@ -90,15 +90,15 @@ class Keeper:
 
     def _main(self) -> None:
         try:
-            self._work()
+            with Store(self.run.out, self.run.store) as store:
+                with ThreadPoolExecutor(4) as pool:
+                    self._work(store, pool)
         except BaseException as error:  # the run ends with it, in the main thread
             traceback.print_exc()
             self.failure = error
 
-    def _work(self) -> None:
-        store = Store(self.run.out, self.run.store)
+    def _work(self, store: Store, pool: ThreadPoolExecutor) -> None:
         planner = Planner(self.run, store)
-        pool = ThreadPoolExecutor(4)
         # What the last coordinator had begun, and no spool has handed in.
         store.requeue()
         self.outbox.put(("tickets", (planner.version, store.queued())))
@@ -108,8 +108,6 @@ class Keeper:
             items = self._take()
             self._write(store, pool, items)
             if any(kind == "stop" for kind, _ in items):
-                store.close()
-                pool.shutdown()
                 return
             if self.run.keep_blobs is not None and time.monotonic() - pruned > 10.0:
                 pruned = time.monotonic()

@@ -67,9 +67,8 @@ def train(
         stack.enter_context(locked_folder(run.out))
         out = Path(run.out)
         write_record(run, out)
-        store = Store(out, run.store)
-        upkeep.sweep(store)
-        store.close()
+        with Store(out, run.store) as store:
+            upkeep.sweep(store)
         asked = stack.enter_context(stop_requests())
         engine = open_engine(run)
         keys = wire.new_keys(engine.address)

@@ -1,12 +1,11 @@
 """What the web page of a run answers; see `jaxlab.rl.page`."""
 
 import asyncio
-import contextlib
 import functools
 import hmac
 import io
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -202,15 +201,10 @@ class App:
             except FileNotFoundError:
                 return None
 
-    @contextlib.contextmanager
-    def _store(self) -> Iterator[Any]:
+    def _store(self) -> Any:
         from jaxlab.rl.store import Store
 
-        store = Store(self.site.run.out, self.site.run.store)
-        try:
-            yield store
-        finally:
-            store.close()
+        return Store(self.site.run.out, self.site.run.store)
 
 
 def read_wish(body: Any, run: RLRun, vocabulary: tuple[str, ...]) -> dict[str, Any]:

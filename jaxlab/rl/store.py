@@ -41,6 +41,8 @@ Choose = Callable[[int, str, Sequence[float], Callable[[], list[Stored]]], Choic
 class Store:
     """The store of a run, for one thread; any number may be open, in any process.
 
+    A context manager that closes it.
+
     Args:
         folder: the run's; gets `store.db` and `blobs/`.
         address: postgresql://..., or None for SQLite.
@@ -62,6 +64,12 @@ class Store:
     def close(self) -> None:
         """Closes the connection."""
         self.database.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -------------------------------------------------------------- rollouts
 

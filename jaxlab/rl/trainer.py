@@ -40,8 +40,9 @@ def learner_main(spec: LearnerSpec) -> None:
     """The process: trains to `run.steps`, or until it is told to stop."""
     stopping = threading.Event()
     threading.Thread(target=_beat, args=(spec, stopping), daemon=True).start()
-    with wire.connect(spec.keys) as channel:
-        Trainer(spec, channel, stopping).train()
+    store = Store(spec.run.out, spec.run.store)
+    with store, wire.connect(spec.keys) as channel:
+        Trainer(spec, channel, store, stopping).train()
         channel.send("finished", {})
         stopping.wait(30.0)
 
@@ -49,7 +50,7 @@ def learner_main(spec: LearnerSpec) -> None:
 def _beat(spec: LearnerSpec, stopping: threading.Event) -> None:
     """Heartbeats, and leases kept alive, also while an update takes long."""
     store, renewed = Store(spec.run.out, spec.run.store), time.monotonic()
-    with wire.connect(spec.keys) as channel:
+    with store, wire.connect(spec.keys) as channel:
         for _ in heartbeats(channel):
             body = {"name": spec.name, "pid": os.getpid(), "totals": {}}
             channel.send("beat", body)
@@ -63,7 +64,11 @@ class Trainer:
     """One learner: its state, and where that is saved and published."""
 
     def __init__(
-        self, spec: LearnerSpec, channel: wire.Channel, stopping: threading.Event
+        self,
+        spec: LearnerSpec,
+        channel: wire.Channel,
+        store: Store,
+        stopping: threading.Event,
     ) -> None:
         import jax
 
@@ -72,7 +77,7 @@ class Trainer:
 
         use_compilation_cache()
         self.run, self.channel, self.stopping = spec.run, channel, stopping
-        self.store = Store(self.run.out, self.run.store)
+        self.store = store
         self.policy = self.run.policy.build(spec.space)
         self.learner = learner.build(self.run, self.policy)
         self.key = jax.random.key(self.run.seed)
@@ -109,7 +114,6 @@ class Trainer:
                     self._save(saved)
             if self.step % (keep.every or run.steps):
                 self._save(saved)
-        self.store.close()
 
     def _first(self) -> Any:
         """The state to start from: of fresh weights, or of such that have imitated."""
