@@ -6,8 +6,8 @@ held by devices of two domains anyway, both write it; any other is sent, by one
 permutation over the devices' own links, to a device of another domain. Before a start
 all folders get the files of the newest snapshot that only others have.
 
-`gathered`, `domains`, `bring` and what `permuted` makes are collective: every process of
-the job has to call them.
+`gathered`, `domains`, `bring` and what `permuted` makes are collective: every process
+of the job has to call them.
 """
 
 import contextlib

@@ -1,14 +1,18 @@
 """The router of the rollout service, and the messages between the processes."""
 
 import collections
+import contextlib
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab.rl import wire
-from jaxlab.rl.service import Router
+from jaxlab.rl.cluster import make_env
+from jaxlab.rl.config import RLRun, Rollout, TinyPolicy
+from jaxlab.rl.service import Answerer, Router, WorkerSpec
 from jaxlab.rl.tables import Version
 
 
@@ -74,6 +78,23 @@ def test_without_workers_requests_wait():
     router.publish(version(0))
     assert [s.kind for s in router.join("w0", b"w0")] == ["load"]
     assert acts(router.loaded("w0", 0)) == [(b"w0", 1)]
+
+
+def test_workers_are_spread_over_the_devices_and_answer_alike():
+    run = RLRun(policy=TinyPolicy(), rollout=Rollout(buckets=(2,)))
+    with contextlib.closing(make_env(run.envs)) as env:
+        space, (seen, _) = env.observation_space, env.reset(seed=1)
+    asked = [request(3) | {name: seen[name] for name in ("image", "instruction")}]
+    answers, used = [], []
+    for index in range(9):
+        answerer = Answerer(WorkerSpec(f"w{index}", index, None, run, space))
+        params = answerer.place(answerer.policy.init(jax.random.key(0)))
+        used += jax.tree.leaves(params)[0].devices()
+        (answer,) = answerer(params, asked, 0)
+        answers.append([answer["tokens"].tolist(), answer["logp"].tolist()])
+    devices = jax.local_devices()
+    assert used == [*devices[1:], *devices[:2]]  # the first is the learner's
+    assert all(answer == answers[0] for answer in answers)
 
 
 @pytest.mark.parametrize("workers", [2, 4])

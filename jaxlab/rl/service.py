@@ -245,7 +245,8 @@ def worker_main(
                 path = f"{spec.run.out}/{wanted['path']}"
                 # They may be gone where newer ones have come meanwhile.
                 with contextlib.suppress(FileNotFoundError):
-                    params = load(path, wanted["sha256"], answerer.template)
+                    loaded = load(path, wanted["sha256"], answerer.template)
+                    params = answerer.place(loaded)
                     version = wanted["version"]
                     if not answerer.warm:
                         answerer.warm_up(params)
@@ -267,6 +268,8 @@ class Answerer:
         self.policy = run.policy.build(spec.space)
         self.template = jax.eval_shape(self.policy.init, jax.random.key(0))
         self.warm = False
+        devices = jax.local_devices()  # of which the learner takes the first
+        self.device = devices[(self.index + 1) % len(devices)]
         root, policy = jax.random.key(run.seed), self.policy
         temperature = run.rollout.temperature
 
@@ -277,6 +280,12 @@ class Answerer:
             return policy.act(params, images, instruction, keys, temperature)
 
         self._act = jax.jit(act)
+
+    def place(self, params: Any) -> Any:
+        """Weights on this worker's device, where it then acts."""
+        import jax
+
+        return jax.device_put(params, self.device)
 
     def warm_up(self, params: Any) -> None:
         """Compiles for each batch size."""
