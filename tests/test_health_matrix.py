@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from jaxlab.health.detect import DetectConfig, Kind
-from jaxlab.health.matrix import classify_matrix, explain
+from jaxlab.health.matrix import classify_matrix, explain, unreachable_alone
 
 NAN, INF = math.nan, math.inf
 
@@ -173,6 +173,18 @@ def test_both_lines_are_in_the_evidence(axis):
     delay = put(healthy(10), (4, None), (None, 7))
     words = classify_matrix(delay.T if axis else delay).evidence
     assert ("row 7 and column 4" if axis else "row 4 and column 7") in words
+
+
+def test_a_hang_is_explained_by_what_carries_nothing():
+    """Of a campaign: a link was cut, and another took three times as long, just once."""
+    slower = put(healthy(4, low=1.9e-3, high=2.2e-3), (1, 2), value=6.6e-3)
+    cut = put(slower, (0, 3), (3, 0), value=INF)
+    assert classify_matrix(cut).links == ((0, 3), (1, 2), (3, 0))
+    found = classify_matrix(unreachable_alone(cut))
+    assert found.kind == HANG and found.links == ((0, 3), (3, 0))
+    assert classify_matrix(unreachable_alone(slower)).links == ((1, 2),)
+    nobody = put(H4, (None, None), value=INF)
+    assert classify_matrix(unreachable_alone(nobody)).scope == "all"
 
 
 def two_hosts(first, second, inside=0.05):

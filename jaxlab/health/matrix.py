@@ -146,6 +146,21 @@ def classify_matrix(
     return Diagnosis(Kind.HEALTHY, evidence=words, confidence=sure)
 
 
+def unreachable_alone(delay: np.ndarray) -> np.ndarray:
+    """The delays as what explains a hang: where something is unreachable, only that.
+
+    Links that carry nothing hold up a collective; one that is merely slower beside them
+    does not, and on a busy host any link may be for once.
+
+    Args:
+        delay: float[n, n], see `classify_matrix`.
+    """
+    finite = np.isfinite(delay)
+    if not np.isinf(delay).any() or not finite.any():
+        return delay
+    return np.where(finite, np.median(delay[finite]), delay)
+
+
 def _checked(
     delay: np.ndarray, baseline: np.ndarray | float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

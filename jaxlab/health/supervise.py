@@ -458,7 +458,7 @@ class Supervisor:
         """Which links carry nothing, by the agents' own connections."""
         delay = self._roster.probe()
         self._journal.matrix(self._goodput.step, delay)
-        found = matrix.classify_matrix(delay)
+        found = matrix.classify_matrix(matrix.unreachable_alone(delay))
         if found.kind == Kind.HEALTHY:
             return diagnosis
         return found._replace(kind=Kind.COMM_HANG)
