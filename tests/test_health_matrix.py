@@ -176,7 +176,7 @@ def test_both_lines_are_in_the_evidence(axis):
 
 
 def test_a_hang_is_explained_by_what_carries_nothing():
-    """Of a campaign: a link was cut, and another took three times as long, just once."""
+    """Of a campaign: a link was cut, and another one took three times as long."""
     slower = put(healthy(4, low=1.9e-3, high=2.2e-3), (1, 2), value=6.6e-3)
     cut = put(slower, (0, 3), (3, 0), value=INF)
     assert classify_matrix(cut).links == ((0, 3), (1, 2), (3, 0))
