@@ -7,7 +7,15 @@ import pytest
 
 from jaxlab import config
 from jaxlab.errors import ConfigError
-from jaxlab.rl.config import Curation, Envs, GuiPolicy, RLRun, Rollout, validate
+from jaxlab.rl.config import (
+    Curation,
+    Envs,
+    GuiPolicy,
+    RLRun,
+    Rollout,
+    complete,
+    validate,
+)
 
 
 def test_a_run_comes_back_from_its_file(tmp_path):
@@ -52,8 +60,7 @@ def changed(**fields) -> RLRun:
         (changed(store="mysql://x"), "postgresql://"),
         (changed(ray_address="auto"), "without --engine ray"),
         (changed(ray_address="auto", engine="ray"), "may span hosts"),
-        (changed(policy=GuiPolicy(tower="a", typed=1)), "tokenizer None go together"),
-        (changed(envs=Envs(tokenizer="a")), "tower None and envs.tokenizer a"),
+        (changed(envs=Envs(tokenizer="a")), "envs.tokenizer a without policy.tower"),
         (
             changed(policy=GuiPolicy(tower="a"), envs=Envs(tokenizer="a")),
             "without policy.typed",
@@ -67,3 +74,12 @@ def test_what_does_not_work_is_refused(run, match):
 
 def test_the_default_is_valid():
     validate(RLRun())
+
+
+def test_a_tower_brings_its_tokenizer():
+    with_tower = changed(policy=GuiPolicy(tower="a", typed=1))
+    made = complete(with_tower)
+    validate(made)
+    assert made.envs.tokenizer == "a" and complete(made) == made
+    other = changed(policy=with_tower.policy, envs=Envs(tokenizer="b"))
+    assert complete(other) == other and complete(RLRun()) == RLRun()

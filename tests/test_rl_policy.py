@@ -17,7 +17,7 @@ from jaxlab.models import gpt, gui_policy, hf
 from jaxlab.rl import launch
 from jaxlab.rl.actions import LENGTH, ActionTokens
 from jaxlab.rl.cluster import make_env
-from jaxlab.rl.config import Curation, Envs, GuiPolicy, RLRun, Rollout
+from jaxlab.rl.config import Curation, Envs, GuiPolicy, RLRun, Rollout, complete
 from jaxlab.rl.envs.api import (
     ARGUMENTS,
     FIELDS,
@@ -342,7 +342,6 @@ def test_a_run_with_a_language_model(checkpoint, tmp_path):
             hosts=1,
             slots=2,
             max_steps=2,
-            tokenizer=str(folder),
             tokens=12,
         ),
         rollout=Rollout(workers=1, buckets=(1,)),
@@ -350,7 +349,8 @@ def test_a_run_with_a_language_model(checkpoint, tmp_path):
         checkpoint=config.Checkpoint(every=1),
     )
     launch.train(run, print)
-    actor, step = load_actor(run.out, run, make_env(run.envs).observation_space)
+    space = make_env(complete(run).envs).observation_space
+    actor, step = load_actor(run.out, run, space)
     assert step == 1
     found = evaluate_run(run.out, (), range(10**6, 10**6 + 2), ("policy",), workers=1)
     assert found["success"]

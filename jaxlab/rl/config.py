@@ -1,6 +1,6 @@
 """What a reinforcement learning run is; `jaxlab.config` loads and saves it as well."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxlab.config import Checkpoint
@@ -73,8 +73,8 @@ class Envs:
     max_steps: int = 10
     """actions that any rollout may take"""
     tokenizer: str | None = None
-    """folder of a language model, whose tokenizer.json makes tokens of instructions,
-    for a policy with a tower; None: words by number"""
+    """folder with the tokenizer.json that makes tokens of instructions, for a policy
+    with a tower; None: the tower's, or words by number where there is none"""
     tokens: int = 32
     """of an instruction; a longer one loses its end"""
     step_timeout: float = 30.0
@@ -204,6 +204,14 @@ class RLRun:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(every=20))
 
 
+def complete(run: RLRun) -> RLRun:
+    """With what follows from other fields: a tower brings its own tokenizer."""
+    tower = getattr(run.policy, "tower", None)
+    if tower is None or run.envs.tokenizer is not None:
+        return run
+    return replace(run, envs=replace(run.envs, tokenizer=tower))
+
+
 def validate(run: RLRun) -> None:
     """Checks a run before anything is started.
 
@@ -246,10 +254,10 @@ def validate(run: RLRun) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} is {share}, and must lie between 0 and 1")
     policy, tower = run.policy, getattr(run.policy, "tower", None)
-    if (tower is None) != (run.envs.tokenizer is None):
+    if tower is None and run.envs.tokenizer is not None:
         raise ConfigError(
-            f"policy.tower {tower} and envs.tokenizer {run.envs.tokenizer} go "
-            "together: both are the folder of the language model"
+            f"envs.tokenizer {run.envs.tokenizer} without policy.tower, the folder of "
+            "the language model that reads its tokens"
         )
     if isinstance(policy, GuiPolicy) and tower is not None and policy.typed is None:
         raise ConfigError(

@@ -15,7 +15,7 @@ from jaxlab.errors import ConfigError, UserError
 from jaxlab.files import locked_folder, write_text
 from jaxlab.rl import upkeep, wire
 from jaxlab.rl.cluster import HostSpec, host_main, make_env
-from jaxlab.rl.config import RLRun, validate
+from jaxlab.rl.config import RLRun, complete, validate
 from jaxlab.rl.hub import Hub
 from jaxlab.rl.page import serve
 from jaxlab.rl.processes import DEATHS, USER_ERROR, Engine, Local
@@ -61,6 +61,7 @@ def train(
     """
     from jaxlab.signals import stop_requests
 
+    run = complete(run)
     validate(run)
     space = probe(run)
     with contextlib.ExitStack() as stack:
