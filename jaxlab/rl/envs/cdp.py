@@ -227,19 +227,18 @@ class Browser:
     def close(self) -> None:
         """Ends it, and all it started; again: nothing."""
         self._die("the browser is closed")
-        if self.pid:
-            children = _group(self.pid)
-            for process in (-self.pid, *children):
+        with self._lock:  # two threads may close it: no number is given back twice
+            pid, self.pid = self.pid, 0
+        if pid:
+            for process in (-pid, *_group(pid)):
                 with contextlib.suppress(OSError):
                     (os.killpg if process < 0 else os.kill)(
                         abs(process), signal.SIGKILL
                     )
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
-            self.pid = 0
+                os.waitpid(pid, 0)
             self._reader.join(5)
             os.close(self._writes)
-            os.close(self._reads)
             shutil.rmtree(self._profile, ignore_errors=True)
             os.close(self._held)
 
@@ -266,8 +265,9 @@ class Browser:
                 raise Crash(self.dead or "the browser is gone") from None
 
     def _read(self) -> None:
+        """What the reader's thread does, until the browser is gone."""
         buffer, why = bytearray(), "the browser is gone"
-        with contextlib.suppress(OSError):
+        try:
             while part := os.read(self._reads, 1 << 20):
                 start = len(buffer)
                 buffer += part
@@ -278,7 +278,13 @@ class Browser:
                 if len(buffer) > LARGEST:
                     why = f"the browser sent a message above {LARGEST} bytes"
                     break
-        self._die(why)
+        except OSError:
+            pass  # it is gone
+        except (ValueError, KeyError):
+            why = "the browser sends what is no message"
+        finally:
+            self._die(why)
+            os.close(self._reads)  # by who reads it: the number may be another's then
 
     def _receive(self, message: Mapping[str, Any]) -> None:
         if "id" in message:
