@@ -124,9 +124,8 @@ class Browser:
         self._last = 0
         self._lock = threading.Lock()
         self._profile, self._held = _make_profile()
-        root = (
-            ("--no-sandbox",) if os.geteuid() == 0 else ()
-        )  # its sandbox refuses root
+        # Its own sandbox refuses root.
+        root = ("--no-sandbox",) if os.geteuid() == 0 else ()
         flags = (*_FLAGS, *root, f"--user-data-dir={self._profile}", "about:blank")
         self.pid, self._reads, self._writes = _spawn((*isolation(), path, *flags))
         self._reader = threading.Thread(target=self._read, daemon=True)
