@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from jaxlab.health.detect import DetectConfig, Kind
-from jaxlab.health.matrix import classify_matrix, explain, unreachable_alone
+from jaxlab.health.matrix import classify_hang, classify_matrix, explain
 
 NAN, INF = math.nan, math.inf
 
@@ -180,11 +180,10 @@ def test_a_hang_is_explained_by_what_carries_nothing():
     slower = put(healthy(4, low=1.9e-3, high=2.2e-3), (1, 2), value=6.6e-3)
     cut = put(slower, (0, 3), (3, 0), value=INF)
     assert classify_matrix(cut).links == ((0, 3), (1, 2), (3, 0))
-    found = classify_matrix(unreachable_alone(cut))
-    assert found.kind == HANG and found.links == ((0, 3), (3, 0))
-    assert classify_matrix(unreachable_alone(slower)).links == ((1, 2),)
-    nobody = put(H4, (None, None), value=INF)
-    assert classify_matrix(unreachable_alone(nobody)).scope == "all"
+    assert classify_hang(cut)[:3] == (HANG, (), ((0, 3), (3, 0)))
+    assert classify_hang(slower)[:3] == (HANG, (), ((1, 2),))
+    assert classify_hang(put(H4, (None, None), value=INF)).scope == "all"
+    assert classify_hang(H4).kind == FINE
 
 
 def two_hosts(first, second, inside=0.05):

@@ -146,19 +146,29 @@ def classify_matrix(
     return Diagnosis(Kind.HEALTHY, evidence=words, confidence=sure)
 
 
-def unreachable_alone(delay: np.ndarray) -> np.ndarray:
-    """The delays as what explains a hang: where something is unreachable, only that.
+def classify_hang(
+    delay: np.ndarray,
+    cfg: DetectConfig = DetectConfig(),  # noqa: B008  (frozen)
+) -> Diagnosis:
+    """Names what holds up a collective that does not end.
 
-    Links that carry nothing hold up a collective; one that is merely slower beside them
-    does not, and on a busy host any link may be for once.
+    Links that carry nothing do. One that is merely slower beside them does not, and on
+    a busy host any link may be for once, so it is named only where all links carry.
 
     Args:
         delay: float[n, n], see `classify_matrix`.
+        cfg: limits.
+
+    Returns:
+        COMM_HANG, or HEALTHY or UNKNOWN.
     """
     finite = np.isfinite(delay)
-    if not np.isinf(delay).any() or not finite.any():
-        return delay
-    return np.where(finite, np.median(delay[finite]), delay)
+    if np.isinf(delay).any() and finite.any():
+        delay = np.where(finite, np.median(delay[finite]), delay)
+    found = classify_matrix(delay, cfg)
+    if found.kind == Kind.COMM_SLOW:
+        found = found._replace(kind=Kind.COMM_HANG)
+    return found
 
 
 def _checked(

@@ -458,10 +458,8 @@ class Supervisor:
         """Which links carry nothing, by the agents' own connections."""
         delay = self._roster.probe()
         self._journal.matrix(self._goodput.step, delay)
-        found = matrix.classify_matrix(matrix.unreachable_alone(delay))
-        if found.kind == Kind.HEALTHY:
-            return diagnosis
-        return found._replace(kind=Kind.COMM_HANG)
+        found = matrix.classify_hang(delay)
+        return found if found.kind == Kind.COMM_HANG else diagnosis
 
     def _reordered(self, action: Action) -> tuple[Slot, ...]:
         """The members in an order whose ring avoids slow links."""
