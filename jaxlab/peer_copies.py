@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlab.shards import Range, to_range
 
@@ -45,8 +46,6 @@ def gathered(text: str) -> list[str]:
     """The text of each process, on all of them."""
     if jax.process_count() == 1:
         return [text]
-    from jax.experimental import multihost_utils
-
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
     # Few sizes, as each is compiled for.
@@ -59,21 +58,24 @@ def gathered(text: str) -> list[str]:
     ]
 
 
+def mark(folder: Path, token: str) -> None:
+    """Leaves a mark of this process in its folder; raises OSError if it cannot."""
+    (folder / f"{token}-{jax.process_index()}.here").touch()
+
+
 def domains(folder: Path, token: str) -> tuple[int, ...]:
     """Which folder each process sees: the first process that sees the same one.
 
     Args:
-        folder: of the same name on every host, its own or shared; exists.
+        folder: of the same name on every host, its own or shared, in which every
+            process has left its `mark` before any calls this.
         token: the same on every process, and fresh.
     """
-    mine = folder / f"{token}-{jax.process_index()}.here"
-    mine.touch()
-    gathered("")  # all marks are there
     seen = [
         int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{token}-*.here")
     ]
     told = tuple(int(text) for text in gathered(str(min(seen))))
-    mine.unlink()
+    (folder / f"{token}-{jax.process_index()}.here").unlink()
     return told
 
 
@@ -197,7 +199,7 @@ def bring(folder: Path, names: Sequence[str], domain: Sequence[int]) -> None:
         if min(sizes) < 0 <= max(sizes):
             receives = mine[at] < 0 and me == domain[me]
             _broadcast(folder / name, max(sizes), sizes.index(max(sizes)), receives)
-    gathered("")  # all have what they lacked
+    multihost_utils.sync_global_devices("snapshots are brought")
 
 
 def _broadcast(path: Path, size: int, source: int, receives: bool) -> None:
@@ -206,8 +208,6 @@ def _broadcast(path: Path, size: int, source: int, receives: bool) -> None:
     Whatever a disk does, every process has to take part to the end: what could not be
     read is sent as zeros, which the sums of the shards show.
     """
-    from jax.experimental import multihost_utils
-
     part, sends = path.with_suffix(".part"), jax.process_index() == source
     chunk = min(CHUNK, _power_of_two(size))
     with contextlib.ExitStack() as stack:

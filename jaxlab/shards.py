@@ -6,14 +6,16 @@ cover every leaf; how it was cut does not matter to what is read back.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -122,15 +124,19 @@ class Whole(NamedTuple):
 def whole_of(paths: Sequence[Path]) -> Whole:
     """The headers of all files of a snapshot, put together.
 
+    A file that cannot be read is done without, if the others have copies of its shards.
+
     Raises:
         ValueError: with the name of the file at fault.
     """
-    heads = []
+    heads, faults = [], []
     for path in paths:
         try:
             heads.append((path, *read_header(path)))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path.name}: {error}") from error
+            faults.append(f"{path.name}: {error}")
+    if not heads:
+        raise ValueError(faults[0])
     head = heads[0][1]
     pieces: dict[int, list[Piece]] = {}
     for path, other, begin in heads:
@@ -142,7 +148,7 @@ def whole_of(paths: Sequence[Path]) -> Whole:
         cuts = {piece.shard.range for piece in pieces.get(number, [])}
         there = sum(math.prod(b - a for a, b in cut) for cut in cuts)
         if there != math.prod(_type(kind)[1]):
-            raise ValueError(f"shards of {leaf} are missing")
+            raise ValueError(faults[0] if faults else f"shards of {leaf} are missing")
     return Whole(head.description, head.leaves, pieces)
 
 
@@ -216,3 +222,35 @@ def read_sound(
                 with contextlib.suppress(OSError, ValueError):
                     return read_shard(leaf, dtype, other)
         raise
+
+
+def placed(whole: Whole, names: Iterable[str], abstract_state: Any) -> Any:
+    """The state on the mesh; this process reads what its devices hold.
+
+    Args:
+        whole: of `whole_of`.
+        names: of the leaves, as the header has them.
+        abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or a shard is damaged.
+    """
+    flat, tree = jax.tree.flatten(abstract_state)
+    numbers = {name: number for number, name in enumerate(whole.leaves)}
+    arrays = []
+    for name, x in zip(names, flat, strict=True):
+        pieces = whole.pieces[numbers[name]]
+        read = functools.cache(functools.partial(read_sound, name, x.dtype, pieces))
+        parts: dict[Range, np.ndarray] = {}
+        for index in x.sharding.addressable_devices_indices_map(x.shape).values():
+            assert index is not None
+            cut = to_range(index, x.shape)
+            if cut not in parts:
+                parts[cut] = assembled(pieces, cut, x.dtype, read)
+
+        def part(index: Any, parts: Any = parts, shape: Any = x.shape) -> np.ndarray:
+            return parts[to_range(index, shape)]
+
+        array = jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
+        arrays.append(array)
+    return jax.tree.unflatten(tree, arrays)

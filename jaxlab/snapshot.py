@@ -41,22 +41,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlab import peer_copies
 from jaxlab.checkpoint import compare, first_line, from_process_0, leaf_types
 from jaxlab.errors import UserError
 from jaxlab.files import write_text
 from jaxlab.peer_copies import gathered
-from jaxlab.shards import (
-    Header,
-    Range,
-    Whole,
-    assembled,
-    read_sound,
-    to_range,
-    whole_of,
-    write,
-)
+from jaxlab.shards import Header, placed, whole_of, write
 
 PART = re.compile(r"(\d+)-(\d+)of(\d+)(?:-([0-9a-f]+))?\.snapshot")
 PACE = 32
@@ -297,8 +289,11 @@ def open_snapshots(
     try:
         own = Path(_filled_in(local)) / run
         _make(own)
+        peer_copies.mark(own, start)
     except UserError as error:
         fault = str(error)
+    except OSError as error:
+        fault = f"cannot write the snapshots in {own}: {error.strerror}"
     faults = [text for text in gathered(fault) if text]
     if faults:  # for all processes, or the others would wait for ever
         raise UserError(faults[0])
@@ -333,9 +328,11 @@ def _identity(folder: Path) -> str:
     path = folder / "id"
     _make(folder)
     try:
-        if not path.exists():
-            write_text(path, secrets.token_hex(4))
-        return f"{folder.resolve().parents[1].name}-{path.read_text()}"
+        known = path.read_text() if path.exists() else ""
+        if not re.fullmatch(r"[0-9a-f]{8}", known):  # it becomes a part of a path
+            known = secrets.token_hex(4)
+            write_text(path, known)
+        return f"{folder.resolve().parents[1].name}-{known}"
     except OSError as error:
         raise UserError(f"cannot use {path}: {error.strerror}") from error
 
@@ -369,7 +366,7 @@ def _clear(snapshots: Snapshots, which: Callable[[int], bool]) -> None:
     """Drops some from every folder, before any process can write anew."""
     if snapshots.leads:
         _drop(snapshots.folder, which)
-    gathered("")  # all have
+    multihost_utils.sync_global_devices("snapshots are cleared")
 
 
 def newest(
@@ -395,12 +392,8 @@ def _newest(
     snapshots: Snapshots, after: int, log: Log
 ) -> tuple[Key, list[Path], dict[str, Any]] | None:
     """The same, with its files."""
-    seen = [json.loads(text) for text in gathered(json.dumps(_names(snapshots.folder)))]
-    names = set().union(*seen) if snapshots.start else seen[0]
-    for key, parts in _by_key(names).items():
+    for key, parts in _candidates(snapshots, after):
         finished = len(parts) == key.processes
-        if key.step <= after or not (finished or snapshots.start):
-            continue
         if snapshots.start:
             peer_copies.bring(snapshots.folder, parts, snapshots.domain)
         paths = [snapshots.folder / name for name in parts]
@@ -411,6 +404,27 @@ def _newest(
             log(f"snapshot {key.step} is damaged: {fault}; an older state is taken")
             _clear(snapshots, key.step.__eq__)
     return None
+
+
+def _candidates(snapshots: Snapshots, after: int) -> list[tuple[Key, list[str]]]:
+    """Snapshots that may be whole, newest first, the same for all processes."""
+    mine = _names(snapshots.folder)
+    if snapshots.start:
+        told = [json.loads(text) for text in gathered(json.dumps(mine))]
+        found = _by_key(set().union(*told))
+        return [(key, parts) for key, parts in found.items() if key.step > after]
+    whole = from_process_0(
+        lambda: [
+            key
+            for key, parts in _by_key(mine).items()
+            if key.step > after and len(parts) == key.processes
+        ]
+    )
+    return [
+        (key := Key(*row), [f"{key.step}-{i}of{key.processes}.snapshot"
+                            for i in range(key.processes)])
+        for row in whole
+    ]  # fmt: skip
 
 
 def _description(paths: list[Path]) -> tuple[str, dict[str, Any]]:
@@ -457,7 +471,7 @@ def restore(
             saved = whole.description.get("model")
             compare(saved, ours.get("model"), "model", shown)
             compare(whole.leaves, leaf_types(abstract_state), "state", shown)
-            state = _placed(whole, abstract_state)
+            state = placed(whole, leaf_types(abstract_state), abstract_state)
         except (OSError, ValueError) as error:
             fault = str(error) if isinstance(error, ValueError) else first_line(error)
         faults = [text for text in gathered(fault) if text]
@@ -469,30 +483,3 @@ def restore(
         _clear(snapshots, lambda other, step=step: other >= step)
     _clear(snapshots, lambda other: other > after)
     return None
-
-
-def _placed(whole: Whole, abstract_state: Any) -> Any:
-    """The state on the mesh; this process reads what its devices hold.
-
-    Raises:
-        OSError, ValueError: a file cannot be read, or a shard is damaged.
-    """
-    flat, tree = jax.tree.flatten(abstract_state)
-    numbers = {name: number for number, name in enumerate(whole.leaves)}
-    arrays = []
-    for name, x in zip(leaf_types(abstract_state), flat, strict=True):
-        pieces = whole.pieces[numbers[name]]
-        read = functools.cache(functools.partial(read_sound, name, x.dtype, pieces))
-        parts: dict[Range, np.ndarray] = {}
-        for index in x.sharding.addressable_devices_indices_map(x.shape).values():
-            assert index is not None
-            cut = to_range(index, x.shape)
-            if cut not in parts:
-                parts[cut] = assembled(pieces, cut, x.dtype, read)
-
-        def part(index: Any, parts: Any = parts, shape: Any = x.shape) -> np.ndarray:
-            return parts[to_range(index, shape)]
-
-        array = jax.make_array_from_callback(x.shape, x.sharding, part, dtype=x.dtype)
-        arrays.append(array)
-    return jax.tree.unflatten(tree, arrays)
