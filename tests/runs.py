@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from jaxlab import config
@@ -70,7 +71,9 @@ def losses(out: str | Path) -> list[float]:
     return [rows[s]["train/loss"] for s in sorted(rows) if "train/loss" in rows[s]]
 
 
-def launch(run: config.Run, *arguments: str, devices: int = 1) -> subprocess.Popen:
+def launch(
+    run: config.Run, *arguments: str, devices: int = 1, **variables: str
+) -> subprocess.Popen:
     """Starts scripts/train.py on a saved config, as a user would."""
     path = Path(run.out).parent / f"{Path(run.out).name}.json"
     config.save(run, path)
@@ -81,18 +84,26 @@ def launch(run: config.Run, *arguments: str, devices: int = 1) -> subprocess.Pop
     }
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts/train.py", path, *arguments],
-        env=environment,
+        env=environment | variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def launch_pair(run: config.Run) -> list[subprocess.Popen]:
-    """Starts a run on two processes of two devices each, over loopback."""
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def launch_pair(run: config.Run, devices: int = 2) -> list[subprocess.Popen]:
+    """Starts a run on two processes of so many devices each, over loopback.
+
+    Each finds its number in the environment, as RANK.
+    """
+    address = f"127.0.0.1:{free_port()}"
     return [
         launch(
             run,
@@ -102,9 +113,45 @@ def launch_pair(run: config.Run) -> list[subprocess.Popen]:
             "2",
             "--distributed.index",
             str(i),
-            devices=2,
+            devices=devices,
+            RANK=str(i),
         )
         for i in range(2)
+    ]
+
+
+def run_ranks(
+    program: str, count: int, *arguments: str | Path
+) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of processes of one device that run a program.
+
+    Its arguments are a free port, its rank, and the given ones.
+    """
+    port = free_port()
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), str(port), str(rank)]
+            + [str(argument) for argument in arguments],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(count)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, *output)
+        for process, output in zip(processes, outputs, strict=True)
     ]
 
 

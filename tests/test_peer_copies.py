@@ -2,13 +2,8 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +19,7 @@ from jaxlab.config import Checkpoint, Evaluate, MeshShape
 from jaxlab.errors import UserError
 from jaxlab.peer_copies import neighbours
 from jaxlab.snapshot import open_snapshots
-from tests.runs import ROOT, finish, launch, spoken, tiny
+from tests.runs import finish, launch_pair, run_ranks, spoken, tiny
 from tests.test_snapshot import flip_bit
 
 
@@ -87,28 +82,9 @@ WORKER = """
 
 def work(root, action):
     """What four processes print that write two snapshots, or that read the newest."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WORKER), str(port), str(rank),
-             str(root), action],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {
-                "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-            },
-        )
-        for rank in range(4)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0] * 4, outputs
-    return [json.loads(line) for out, _ in outputs for line in spoken(out)]
+    ended = run_ranks(WORKER, 4, root, action)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    return [json.loads(line) for _, out, _ in ended for line in spoken(out)]
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +121,10 @@ def test_losing_any_one_host_loses_nothing(hosts, lost):
     assert all(files(hosts, host) for host in range(3))  # also the new host's
 
 
-def test_what_is_damaged_is_read_from_its_copy(hosts):
+@pytest.mark.parametrize("where", [0.0, 0.02, 0.99])
+def test_what_is_damaged_is_read_from_its_copy(hosts, where):
     for path in files(hosts, 1):
-        flip_bit(path, 0.99)
+        flip_bit(path, where)
     assert [row[:2] for row in work(hosts, "read")] == [[3, True]] * 4
 
 
@@ -176,6 +153,27 @@ def test_a_run_that_is_begun_anew_finds_nothing_of_the_old_one(hosts):
     assert [row[:2] for row in work(hosts, "read")] == [[None, None]] * 4
 
 
+def test_a_disk_that_cannot_be_used_ends_all_with_one_line(hosts):
+    shutil.rmtree(hosts / "host2")
+    (hosts / "host2").write_text("no folder")
+    for code, _, error in run_ranks(WORKER, 4, hosts, "read"):
+        assert code != 0
+        assert "UserError: cannot write the snapshots in" in error
+        assert "host2/run-" in error
+
+
+@pytest.mark.parametrize("text", ["", "../../../elsewhere", "0123456z"])
+def test_an_id_that_is_none_of_ours_is_made_anew(tmp_path, text):
+    shared = tmp_path / "run/checkpoints/snapshots"
+    shared.mkdir(parents=True)
+    (shared / "id").write_text(text)
+    hot = open_snapshots(shared, 1.0, local=str(tmp_path / "disk"))
+    assert hot.folder.parent == tmp_path / "disk" and hot.folder.is_dir()
+    assert hot.folder.name == f"run-{(shared / 'id').read_text()}" != f"run-{text}"
+    again = open_snapshots(shared, 1.0, local=str(tmp_path / "disk"))
+    assert again.folder == hot.folder
+
+
 def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_DISK", raising=False)
     with pytest.raises(UserError, match=r"snapshot_folder is '\$LOCAL_DISK/x'"):
@@ -188,26 +186,13 @@ def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the whole program
 
 
-def start_pair(run, monkeypatch):
-    """The run on two hosts, each with its half of the state and a disk of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        monkeypatch.setenv("DISK", str(Path(run.out).parent / f"disk{rank}"))
-        place = f"""--distributed.coordinator 127.0.0.1:{port}
-            --distributed.processes 2 --distributed.index {rank}"""
-        processes.append(launch(run, *place.split()))
-    return processes
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_after_a_host_is_lost_with_its_disk(tmp_path, monkeypatch):
-    hot = Checkpoint(every=0, snapshot_seconds=0.05, snapshot_folder="$DISK")
+def test_a_run_goes_on_after_a_host_is_lost_with_its_disk(tmp_path):
+    hot = Checkpoint(
+        every=0, snapshot_seconds=0.05, snapshot_folder=f"{tmp_path}/disk$RANK"
+    )
     run = tiny(tmp_path, steps=120, checkpoint=hot, evaluate=Evaluate(every=0),
                mesh=MeshShape(fsdp=2))  # fmt: skip
-    pair = start_pair(run, monkeypatch)
+    pair = launch_pair(run, devices=1)
     disks, until = "disk*/*/*.snapshot", time.monotonic() + 120
     while len(list(tmp_path.glob(disks))) < 4 and time.monotonic() < until:
         time.sleep(0.005)
@@ -216,14 +201,14 @@ def test_a_run_goes_on_after_a_host_is_lost_with_its_disk(tmp_path, monkeypatch)
     assert [finish(p)[0] for p in pair] == [-signal.SIGKILL] * 2
     assert not any(p.name.isdecimal() for p in Path(run.out, "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "disk0")
-    (code, said, error), (other, *_) = map(finish, start_pair(run, monkeypatch))
+    (code, said, error), (other, *_) = map(finish, launch_pair(run, devices=1))
     assert code == other == 0, error
     assert "of 2 process(es) is newer than checkpoints" in said
     assert "restored from step" in said
     assert list(tmp_path.glob(disks)) == []  # the checkpoint is newer
 
     whole = dataclasses.replace(run, out=str(tmp_path / "whole"))
-    assert [finish(p)[0] for p in start_pair(whole, monkeypatch)] == [0, 0]
+    assert [finish(p)[0] for p in launch_pair(whole, devices=1)] == [0, 0]
     ours, theirs = program.load(run.out), program.load(whole.out)
     pairs = zip(*map(jax.tree.leaves, (ours.params, theirs.params)), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)

@@ -4,10 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -25,7 +21,7 @@ from jaxlab.errors import UserError
 from jaxlab.peer_copies import plan
 from jaxlab.shards import Header, Piece, assembled, read_header, read_shard, write
 from jaxlab.snapshot import interval, newest, open_snapshots, restore
-from tests.runs import ROOT, finish, launch, losses, spoken, tiny
+from tests.runs import finish, launch, losses, run_ranks, spoken, tiny
 
 MODEL = {"model": {"layers": 4}}
 
@@ -367,25 +363,9 @@ TWO_PROCESSES = """
 
 
 def test_two_processes_write_halves_and_decide_alike(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), str(port), str(rank),
-             str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    first, second = (spoken(out) for out, _ in outputs)
+    ended = run_ranks(TWO_PROCESSES, 2, tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    first, second = (spoken(out) for _, out, _ in ended)
     sizes = json.loads(first[0].partition(" ")[2])
     assert max(sizes) - min(sizes) < 1000  # of 16 kB: copies are shared out
     assert first[1].startswith("snapshot 2 is damaged: 2-1of2.snapshot: the sha256 of")
