@@ -408,7 +408,6 @@ POLICIES = [
 WAYS = st.builds(Way, st.sampled_from(POLICIES), st.booleans(), st.booleans())
 
 
-@pytest.mark.slow
 @hypothesis.settings(
     max_examples=20,
     deadline=None,

@@ -68,7 +68,6 @@ MESHES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "fields"), MESHES)
 def test_nothing_but_the_exchange_crosses_replicas(shape, fields):
     made = program_of(mesh=config.MeshShape(**shape), **fields)
@@ -189,7 +188,6 @@ def test_a_trained_model_is_the_mean_of_its_replicas(tmp_path):
     assert math.isfinite(loss)
 
 
-@pytest.mark.slow
 def test_two_processes_hold_the_replicas_of_one(tmp_path):
     alone = tiny(tmp_path, replica=4, steps=9)
     code, _, error = runs.finish(runs.launch(alone, devices=4))

@@ -130,7 +130,6 @@ def check_store(run):
         return versions, counts
 
 
-@pytest.mark.slow
 def test_without_lag_it_is_synchronous_grpo_to_the_bit_whatever_dies(tmp_path):
     run, lines = tiny(tmp_path / "run"), []
     watch = killer("host0", "worker1", "worker0")

@@ -116,7 +116,6 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "fields", "rows"), CASES.values(), ids=CASES.keys())
 def test_loss_and_gradient_are_those_of_one_device(sizes, fields, rows):
     model = config.resolve_model(dataclasses.replace(SMALL, **fields), 64)

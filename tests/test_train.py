@@ -206,7 +206,6 @@ def test_a_signalled_run_goes_on_to_the_same_weights(tmp_path, number):
     assert losses(run.out) == losses(whole.out)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_and_saves_both(tmp_path):
     run = tiny(tmp_path, steps=100_000, log_every=5, checkpoint=Checkpoint(every=0))
     pair = launch_pair(run)

@@ -127,7 +127,6 @@ def test_a_job_that_ends_ends_well(job):
     assert (made.folder / "steps").read_text().splitlines()[-1] == "3 20"
 
 
-@pytest.mark.slow
 def test_kill_stop_and_stuck_are_named_and_survived(job):
     made = job("--sizes", "1", "2", "3")
     first = made.steps(0)
@@ -207,7 +206,6 @@ def test_without_a_supervisor_a_stuck_rank_hangs_the_job_for_ever(tmp_path):
             worker.wait()
 
 
-@pytest.mark.slow
 def test_the_trainer_goes_on_with_fewer_processes_to_the_same_numbers(job, tmp_path):
     """After a restart: what a run from that checkpoint on as many processes does."""
     run = tmp_path / "run"
