@@ -169,6 +169,27 @@ def test_a_message_adds_an_arm(tmp_path):
     verified(tmp_path / "ws")
 
 
+def test_code_that_changes_between_runs_amends_the_plan(tmp_path, monkeypatch):
+    """All runs of the plan are made anew, and the journal says why."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def fsync(handle):
+        os.fsync(handle)
+        journal = tmp_path / "ws/journal.jsonl"
+        if journal.exists() and len(starts(tmp_path / "ws")) == 8:
+            monkeypatch.setenv("JAX_PLATFORMS", "cpu,other")  # of the fingerprint
+
+    assert asked(tmp_path, fsync=fsync).code == 0
+    events = events_of(tmp_path / "ws")
+    amended = next(e for e in events if e.kind == "amendment")
+    assert "have changed" in amended.data["why"]
+    final = tmp_path / f"ws/plans/{amended.data['n']}.json"
+    planned = sum(json.loads(final.read_text())["runs"].values(), [])
+    after = [e for e in events[amended.i :] if e.kind == "run_start"]
+    assert after and {e.data["run"] for e in after} <= set(planned)
+    verified(tmp_path / "ws")
+
+
 def test_a_budget_of_runs_is_kept(tmp_path):
     ending = asked(tmp_path, budget=12)
     assert ending.code in (0, 3), ending

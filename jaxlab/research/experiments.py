@@ -187,8 +187,9 @@ def _start(
     }
     if plans.code_fingerprint(Path(plan["trainer"])) != plan["code_hash"]:
         raise ToolError(
-            f"the code has changed since plan {number} was registered, so its runs "
-            "would not be those that were planned; propose the plan again"
+            "the code, a library or JAX_PLATFORMS has changed since plan "
+            f"{number} was registered, so its runs would not be those that were "
+            "planned; amend the plan, and all of them are made anew"
         )
     for name in ("result.json", "process.json"):  # of a cancelled attempt
         if workspace.exists(f"runs/{run}/{name}"):

@@ -9,6 +9,7 @@ plans, so it holds for all of them together.
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def follow_up(
     a rule calls for: a sweep whose best is at its edge is extended, a comparison whose
     arms diverged is made again at a third of the learning rate. `request`: a person's
     "also try FIELD=VALUE", "also compare CONFIG" or "drop ARM", answered by an
-    amendment. `register_plan` registers it at once.
+    amendment; so is code that has changed while a plan's runs are made, and all of
+    them are made anew. `register_plan` registers it at once.
     """
     try:
         made = proposal(context, request)
@@ -52,7 +54,7 @@ def follow_up(
         return made
     if made["next"] == "amend":
         plan, changes = made["plan_number"], made["changes"]
-        done = plans.amend_plan(context, plan=plan, why=request, changes=changes)
+        done = plans.amend_plan(context, plan=plan, why=made["why"], changes=changes)
     else:
         done = plans.propose_plan(context, **made["plan"])
     value = {"next": "run", "why": made["why"], "plan_number": done.value["plan"]}
@@ -75,6 +77,9 @@ def proposal(context: Context, request: str = "") -> dict[str, Any]:
         return _pilot(context, wanted)
     n, body = plan
     if not analysis.summary(context.workspace, body)["over"]:
+        if plans.code_fingerprint(Path(body["trainer"])) != body["code_hash"]:
+            why = f"the code or its versions have changed since plan {n} was registered"
+            return {"next": "amend", "plan_number": n, "why": why, "changes": {}}
         return {"next": "run", "plan_number": n, "why": f"plan {n} is not over"}
     if body["stage"] == "pilot":
         return _confirmatory(context, wanted, n, body)

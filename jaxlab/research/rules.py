@@ -76,13 +76,15 @@ def experiment(view: View) -> Step:
         return view.call("follow_up", request=request, register_plan=True)
     if last is None:
         return view.call("follow_up", register_plan=True)
-    if last.status == "error" and last.tool == "run_plan":
-        return view.finish(f"The runs cannot be made: {last.data}"[:1000])
     data: dict[str, Any] = last.data if isinstance(last.data, dict) else {}
     if last.tool == "follow_up":
         asked = last.args.get("request")
         if last.status == "ok" and data.get("next") == "run":
-            return view.call("run_plan", plan=data["plan_number"])
+            tried = view.last("run_plan", plan=data["plan_number"])
+            if tried is None or tried.status != "error":
+                return view.call("run_plan", plan=data["plan_number"])
+            why = f"The runs cannot be made: {tried.data}"
+            return view.finish(f"{why}. {_handled(view)}"[:1100])
         why = str(data.get("why", last.data))
         if asked:
             text = f"Cannot be done by the rule policy: {asked} ({why})"
