@@ -1,12 +1,15 @@
 """Who waits for whom: lockstep, batch-wise, task-wise and rollout-wise in one run.
 
-    python benchmarks/rl_modes.py --seconds 60 --rounds 2
+    python benchmarks/rl_modes.py --seconds 60 --rounds 3
+    python benchmarks/rl_modes.py --seconds 60 --rounds 3 --chromium
 
 The same processes, environments, policy and cost of an update; only `rollout.mode`
 differs. Environments and updates sleep (`common/latent.py`), by default in the regime
-of the paper: updates of 8 s beside steps of 0.12 s. `--scale 0.25` makes all of it four
-times as fast. Modes are interleaved; figures are medians of the rounds, from the first
-update on, and the environments' are measured inside their processes.
+of the paper: updates of 8 s beside steps of 0.12 s. `--chromium` acts on eight tabs of
+MiniWoB++ instead, whose steps take 50 to 500 ms more, beside updates of 3 s. `--scale
+0.25` makes all that is slept four times as fast. Modes are interleaved; figures are
+medians of the rounds, from the first update on, and the environments' are measured
+inside their processes.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 
 from common.latent import SCALE, LatentPolicy
 
@@ -29,25 +33,54 @@ from jaxlab.rl.store import Store
 MODES = ("lockstep", "batch", "task", "rollout")
 
 
-def once(mode: str, options: argparse.Namespace) -> dict[str, float]:
+@dataclass(frozen=True)
+class Regime:
+    """What acts, and how long an update takes."""
+
+    envs: Envs
+    batch: int
+    """rollouts an update"""
+    update: float
+    """seconds"""
+    workers: int
+
+
+SLEPT = Regime(
+    Envs("common.latent:Latent-v0", tuple("abcdefgh"), hosts=2, slots=16, max_steps=30),
+    batch=32,
+    update=8.0,
+    workers=4,
+)
+CHROMIUM = Regime(
+    Envs(
+        "common.latent:LatentWeb-v0",
+        ("click-button", "click-checkboxes", "enter-text", "login-user"),
+        hosts=1,
+        slots=8,
+        max_steps=20,
+    ),
+    batch=16,
+    update=3.0,
+    workers=2,
+)
+
+
+def once(mode: str, regime: Regime, options: argparse.Namespace) -> dict[str, float]:
     """One mode for so many seconds."""
-    scale = options.scale
+    scale, update = options.scale, options.update or regime.update
     with tempfile.TemporaryDirectory() as folder:
         run = RLRun(
             out=folder,
             steps=10**6,
-            groups=options.batch // 8,
-            policy=LatentPolicy(act=0.03 * scale, score=options.update * scale),
-            envs=Envs(
-                id="common.latent:Latent-v0",
-                tasks=tuple("abcdefgh"),
-                hosts=2,
-                slots=options.envs // 2,
-                max_steps=30,
-            ),
-            rollout=Rollout(mode=mode, workers=4, max_lag=options.max_lag),
+            groups=regime.batch // 8,
+            policy=LatentPolicy(0.03 * scale, update * scale),
+            envs=regime.envs,
+            rollout=Rollout(mode=mode, workers=regime.workers, max_lag=options.max_lag),
             curation=Curation(
-                dynamic_rollouts=False, dynamic_length=False, experience=False
+                dynamic_rollouts=False,
+                dynamic_length=False,
+                experience=False,
+                keep_uninformative=True,
             ),
             objective=Objective(beta=0.0),
             optimizer=AdamW(warmup=1, schedule="constant"),
@@ -84,7 +117,9 @@ def once(mode: str, options: argparse.Namespace) -> dict[str, float]:
     return {
         "env_utilisation": utilisation,
         "useful_utilisation": utilisation * used / max(made, 1),
-        "worker_utilisation": (work1["busy"] - work0["busy"]) / seconds / 4,
+        "worker_utilisation": (work1["busy"] - work0["busy"])
+        / seconds
+        / regime.workers,
         "actions_per_minute": 60 * (hosts1["steps"] - hosts0["steps"]) / seconds,
         "updates_per_minute": 60 * (version1 - version0) / seconds,
         "consumed_share": used / max(made, 1),
@@ -96,16 +131,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--scale", type=float, default=0.5, help="factor on all times")
-    parser.add_argument("--update", type=float, default=8.0, help="seconds, unscaled")
-    parser.add_argument("--envs", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32, help="rollouts an update")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on all that is slept"
+    )
+    parser.add_argument("--update", type=float, help="seconds, unscaled: 8, or 3")
+    parser.add_argument("--chromium", action="store_true", help="on web pages")
     parser.add_argument("--max-lag", type=int, default=2)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options = parser.parse_args()
     os.environ[SCALE] = str(options.scale)
+    regime = CHROMIUM if options.chromium else SLEPT
     rounds = [
-        {mode: once(mode, options) for mode in options.modes}
+        {mode: once(mode, regime, options) for mode in options.modes}
         for _ in range(options.rounds)
     ]
     medians = {

@@ -22,10 +22,12 @@ from jax.experimental import io_callback
 
 from jaxlab.rl import cluster, tiny
 from jaxlab.rl.envs.api import observation_space
+from jaxlab.rl.envs.miniwob import MiniWoBEnv
 from jaxlab.rl.service import WorkerSpec, worker_main
 from jaxlab.rl.weights import load_weights
 
 gymnasium.register(id="Latent-v0", entry_point="common.latent:LatentEnv")
+gymnasium.register(id="LatentWeb-v0", entry_point="common.latent:latent_web")
 SCALE = "JAXLAB_LATENT_SCALE"
 
 
@@ -64,6 +66,30 @@ class LatentEnv(gymnasium.Env):
         self._left -= 1
         ended = self._left <= 0
         return self._see(), float(ended and self._rng.random() < 0.5), ended, False, {}
+
+
+def latent_web() -> gymnasium.Env:
+    """MiniWoB++ in Chromium, whose steps take 50 to 500 ms more, times the scale.
+
+    Its screens lack their last two rows, so that the tiny policy can see them.
+    """
+    scale = float(os.environ.get(SCALE, "1"))
+    rng, rows = Random(), 208
+
+    class Slow(gymnasium.Wrapper):
+        def step(self, action: Any) -> Any:
+            seconds = rng.lognormvariate(math.log(LatentEnv.median), LatentEnv.spread)
+            time.sleep(scale * min(max(seconds, 0.05), 0.5))
+            return self.env.step(action)
+
+    def cut(observation: dict[str, Any]) -> dict[str, Any]:
+        return observation | {"image": observation["image"][:rows]}
+
+    env = Slow(MiniWoBEnv())
+    whole: Any = env.observation_space
+    image = spaces.Box(0, 255, (rows, *whole["image"].shape[1:]), np.uint8)
+    space = spaces.Dict({**whole, "image": image})
+    return gymnasium.wrappers.TransformObservation(env, cut, space)
 
 
 @dataclass(frozen=True)
