@@ -139,6 +139,7 @@ def main() -> None:
             curation=Curation(n_max=4),
             optimizer=AdamW(lr=1e-2, warmup=1, schedule="constant", weight_decay=0.0),
             checkpoint=config.Checkpoint(every=5),
+            keep_blobs=None,  # the audit reads all of them
         )
         slots = run.envs.hosts * run.envs.slots
         names = [f"host{i}" for i in range(run.envs.hosts)]
