@@ -403,6 +403,13 @@ def test_clipping_takes_the_gradient_on_the_side_that_it_should():
     assert float(metrics["ratio"]) == pytest.approx(3.5 / 3)
 
 
+def test_rounding_is_not_counted_as_truncated():
+    logp = np.full((2, 2), -1.0, np.float32)
+    whole = np.ones((2, 2), bool)
+    _, metrics = dart_loss(logp, logp, logp - 1e-6, None, np.ones(2), whole)
+    assert metrics["truncated"] == 0
+
+
 def test_metrics_are_what_they_are_called():
     gap = np.log([[0.5, 3.0], [1.0, 7.0]]).astype(np.float32)  # pi_old / pi_rollout
     zero = np.zeros((2, 2), np.float32)

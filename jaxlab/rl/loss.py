@@ -161,11 +161,11 @@ def dart_loss(
     Returns:
         the loss, and without a gradient, averaged as the loss is: `policy_loss`, `kl`
         (to the reference), `ratio`, `clipped_low`, `clipped_high` (shares at which the
-        clip takes the gradient), `weight` (w), `truncated` (share with w at the cap
-        and below pi_old / pi_rollout), `mismatch` (|log(pi_old / pi_rollout)|),
-        `advantage` (its absolute value); and `ratio_max`, `steps` and `tokens`
-        trained, `kept` (share of the steps with tokens that are trained). All 0 where
-        nothing is trained.
+        clip takes the gradient), `weight` (w), `truncated` (share with pi_old /
+        pi_rollout over the cap by more than 0.1 %, which rounding does not reach),
+        `mismatch` (|log(pi_old / pi_rollout)|), `advantage` (its absolute value); and
+        `ratio_max`, `steps` and `tokens` trained, `kept` (share of the steps with
+        tokens that are trained). All 0 where nothing is trained.
 
     Raises:
         ValueError: shapes differ, or `ratio` is another.
@@ -220,7 +220,7 @@ def dart_loss(
     loss = policy_loss + beta * kl
 
     mismatch_st = jnp.abs(_log_ratio(old_st, rollout_st))
-    truncated_st = jnp.exp(_log_ratio(old_st, rollout_st)) > cap
+    truncated_st = jnp.exp(_log_ratio(old_st, rollout_st)) > 1.001 * cap
     gone_st = clipped_st < free_st
     metrics = {
         "loss": loss,
