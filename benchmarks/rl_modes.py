@@ -13,6 +13,7 @@ inside their processes.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -67,13 +68,13 @@ CHROMIUM = Regime(
 
 def once(mode: str, regime: Regime, options: argparse.Namespace) -> dict[str, float]:
     """One mode for so many seconds."""
-    scale, update = options.scale, options.update or regime.update
+    scale = options.scale
     with tempfile.TemporaryDirectory() as folder:
         run = RLRun(
             out=folder,
             steps=10**6,
             groups=regime.batch // 8,
-            policy=LatentPolicy(0.03 * scale, update * scale),
+            policy=LatentPolicy(0.03 * scale, regime.update * scale),
             envs=regime.envs,
             rollout=Rollout(mode=mode, workers=regime.workers, max_lag=options.max_lag),
             curation=Curation(
@@ -141,6 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ[SCALE] = str(options.scale)
     regime = CHROMIUM if options.chromium else SLEPT
+    if options.update is not None:
+        regime = dataclasses.replace(regime, update=options.update)
     rounds = [
         {mode: once(mode, regime, options) for mode in options.modes}
         for _ in range(options.rounds)
@@ -171,6 +174,7 @@ def main() -> None:
             {
                 "benchmark": "rl_modes",
                 "options": vars(options),
+                "regime": dataclasses.asdict(regime),
                 "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
                 "load": os.getloadavg()[0],
                 "medians": medians,
